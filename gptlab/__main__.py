@@ -1,0 +1,32 @@
+"""`gptlab <word>` and `python -m gptlab <word>`: the same doors as `python -m gptlab.<word>`."""
+
+import os
+import runpy
+import sys
+
+from gptlab import __version__
+
+DOORS = {
+    "train": "train a model, or continue a run",
+    "prepare": "turn text into a tokenizer and token files",
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--version"]:
+        print(f"gptlab {__version__}")
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: gptlab <door> [arguments]; gptlab <door> --help tells more\n")
+        print("\n".join(f"  {door:<10} {does}" for door, does in DOORS.items()))
+    elif arguments[0] not in DOORS:
+        print(f"error: {arguments[0]!r} is no door of gptlab; known: {', '.join(DOORS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.path.insert(0, os.getcwd())  # as under python -m: code in the current folder can be named in a config
+        sys.argv = sys.argv[1:]
+        runpy.run_module(f"gptlab.{arguments[0]}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""From a plain config to the objects of a run. Only doors call it; below it, no config is known."""
+
+import hashlib
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers.logger import Logger
+
+from gptlab import checkpoint, config, cost
+from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
+from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
+from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
+from gptlab.callbacks.watching import Alerts, ConsoleLines, Samples
+from gptlab.data.module import TextDataModule
+from gptlab.model import GPT, GPTConfig
+from gptlab.run import RunFolder
+from gptlab.tasks.lm import LMTask
+from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
+
+log = logging.getLogger("gptlab")
+
+
+def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:
+    """An existing tokenizer, if `tokenizer.path` names one, or what makes one of the training text."""
+    settings = {name: value for name, value in node.items() if name != "path"}
+    return load_tokenizer(node["path"], trust) if node.get("path") else config.make(settings)
+
+
+def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
+    """The data module, its text found or built. `tokenizer` replaces the one that the config describes."""
+    node = config.data_config(cfg["data"])
+    data = TextDataModule(
+        node,
+        config.make(node.source),
+        tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
+        block_size=cfg["model"]["block_size"],
+        seed=cfg["seed"],
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def build_model(cfg: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+    """A network for this tokenizer, with the weights of the seed."""
+    node = config.model_config(cfg["model"])
+    known = tokenizer.vocab_size
+    if node.vocab_size is None:
+        node.vocab_size = known
+    if node.vocab_size < known:
+        raise ValueError(f"model.vocab_size={node.vocab_size} is less than the tokenizer's {known} tokens; leave it null")
+    torch.manual_seed(cfg["seed"])  # so that no reading of data before this changes the weights
+    return GPT(node, config.trusted(cfg))
+
+
+def describe_cost(node: GPTConfig, batch_size: int, precision: str, trust: tuple[str, ...]) -> str:
+    """One line on the size of a network, found without allocating it."""
+    figures = cost.estimate(node, batch_size, bf16=precision.startswith("bf16"), trust=trust)
+    return (
+        f"{figures.parameters / 1e6:.2f} M parameters ({figures.parameters_non_embedding / 1e6:.2f} M without embeddings), "
+        f"{figures.flops_per_token / 1e6:.3g} MFLOPs a trained token, about {figures.memory_bytes / 2**30:.2g} GiB to train"
+    )
+
+
+def has_bf16(accelerator: str) -> bool:
+    """Whether the device computes in bfloat16 itself, rather than emulating it."""
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return False
+    processor = torch.cpu
+    return any(getattr(processor, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def wants_compile(word: Any, accelerator: str) -> bool:
+    if word not in (True, False, "auto"):
+        raise ValueError(f"compile={word!r} is none of auto, true, false")
+    if word != "auto":
+        return word
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++")) and platform.system() == "Linux"
+    return on_gpu or has_compiler
+
+
+def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:
+    if cfg["documents"] not in ("joined", "separate"):
+        raise ValueError(f"documents={cfg['documents']!r} is none of joined, separate")
+    for node in ("optimizer", "schedule"):
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            if (value := cfg[node].get(name)) is not None and value < 0:
+                raise ValueError(f"{node}.{name}={value} must be 0 or more")
+    return config.make(cfg["task"])(
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=config.make(cfg["optimizer"]),
+        schedule=config.make(cfg["schedule"]),
+        total_steps=total_steps,
+        separate_documents=cfg["documents"] == "separate",
+        compile=wants_compile(cfg["compile"], cfg["trainer"]["accelerator"]),
+    )
+
+
+def steps_to_train(node: dict[str, Any], steps_an_epoch: int) -> int:
+    """Optimizer steps of the whole run: trainer.max_steps or trainer.max_epochs, whichever ends first."""
+    limits = []
+    if (steps := node["max_steps"]) not in (None, -1):
+        limits.append(steps)
+    if (epochs := node["max_epochs"]) not in (None, -1):
+        limits.append(epochs * steps_an_epoch)
+    if not limits:
+        raise ValueError("nothing ends this run: give trainer.max_steps or trainer.max_epochs (max_time may end it sooner)")
+    if min(limits) < 1:
+        raise ValueError(f"trainer.max_steps={steps}, trainer.max_epochs={epochs}: must be at least 1")
+    return min(limits)
+
+
+def build_loggers(node: dict[str, Any], folder: RunFolder, resumed_step: int | None) -> list[Logger]:
+    """metrics.csv, and what the word `logger` names."""
+    loggers: list[Logger] = [MetricsFile(folder.metrics)]
+    target = str(node.get("_target_") or "").rpartition(".")[2]
+    try:
+        if target == "TensorBoardLogger":
+            purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+            loggers.append(config.make(node)(save_dir=folder.path, **purge))
+        elif target == "MLFlowLogger":
+            uri = node["tracking_uri"] or f"sqlite:///{folder.path / 'mlflow.db'}"
+            loggers.append(config.make(node)(run_name=folder.path.name, tracking_uri=uri))
+        elif target:
+            loggers.append(config.make(node)(save_dir=folder.path, name=folder.path.name))
+    except ModuleNotFoundError as error:
+        raise ValueError(f'logger={target}: {error}; install it with: pip install "gptlab[track]"') from error
+    return loggers
+
+
+class Watchers:
+    """The callbacks of a run, in the order in which they act at the end of a step."""
+
+    def __init__(self, cfg: dict[str, Any], folder: RunFolder, total_steps: int):
+        self.compile = CompileAhead(must=cfg["compile"] is True)
+        self.budget = Budget(total_steps, cfg["max_time"])
+        self.monitor = Monitor(cfg["log"]["every_steps"], self.budget, cfg["log"]["peak_tflops"])
+        self.samples: Samples = config.make(cfg["samples"])
+        self.samples.path = folder.samples
+        self.alerts = Alerts(self.monitor)
+        self.checkpoints: Checkpoints = config.make(cfg["checkpoint"])
+        self.checkpoints.folder = folder.checkpoints
+        self.record = RunRecord(folder, self.monitor, self.budget)
+        self.extra: list[Callback] = [config.make(node) for node in (cfg["callbacks"] or {}).values()]
+
+    def callbacks(self, on_terminal: bool) -> list[Callback]:
+        return [
+            RandomState(),
+            self.compile,
+            self.budget,
+            self.monitor,
+            self.samples,
+            self.alerts,
+            *self.extra,
+            ConsoleLines(self.monitor, self.budget),
+            self.record,
+            self.checkpoints,
+            Interrupts(self.checkpoints.save_last),
+            *([RichProgressBar(leave=False)] if on_terminal else []),
+        ]
+
+
+def build_trainer(
+    cfg: dict[str, Any], watchers: Watchers, loggers: list[Logger], on_terminal: bool, run_dir: Path
+) -> Trainer:
+    """Lightning's Trainer, all of whose intervals count optimizer steps."""
+    node = dict(cfg["trainer"])
+    require_device(node["accelerator"])
+    if node["precision"] == "auto":
+        node["precision"] = "bf16-mixed" if has_bf16(node["accelerator"]) else "32-true"
+    every = cfg["validation"]["every_steps"]
+    if every is not None and every < 1:
+        raise ValueError(f"validation.every_steps={every} must be at least 1, or null for once an epoch")
+    validation = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    if every is not None:
+        validation = {"val_check_interval": every * node["accumulate_grad_batches"], "check_val_every_n_epoch": None}
+    node |= {"_partial_": True, "max_epochs": -1, "max_steps": -1}  # the budget ends the run, after a last validation
+    return config.make(node)(
+        **validation,
+        callbacks=watchers.callbacks(on_terminal),
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run_dir,
+        enable_checkpointing=False,
+        enable_progress_bar=on_terminal,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,  # the data module's order knows the ranks
+        inference_mode=False,  # validation shares compiled graphs with training
+    )
+
+
+def require_device(accelerator: str) -> None:
+    """Raise ValueError where the device asked for is not here."""
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError("trainer=gpu: torch sees no CUDA GPU here; use trainer=cpu, or install a CUDA build of torch")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("trainer=mps: this is no Apple machine with a GPU that torch can use; use trainer=auto")
+
+
+def start_weights(
+    cfg: dict[str, Any], model_keys: set[str]
+) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, str]]:
+    """For `init_from`: the config with the parent's network, the parent's checkpoint, its tokenizer, and its record.
+
+    `model_keys` are the fields given on the command line: one that contradicts the parent is an error, except those
+    that change no weight.
+    """
+    path = checkpoint.find(Path(cfg["init_from"]))
+    parent = checkpoint.load(path)
+    theirs = checkpoint.model_config(parent)
+    free = {"dropout", "checkpointing"} | ({"block_size"} if theirs.positions == "rope" else set())
+    merged = dict(cfg["model"])
+    for name, value in vars(theirs).items():
+        if name in free and name in model_keys:
+            continue
+        if name in model_keys and merged[name] != value:
+            raise ValueError(f"model.{name}={merged[name]} contradicts init_from={path}, where it is {value}; leave it out")
+        merged[name] = value
+    tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
+    if cfg["tokenizer"].get("path"):
+        given = load_tokenizer(cfg["tokenizer"]["path"], config.trusted(cfg))
+        if given.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights know "
+                f"only their own ({given.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
+            )
+    record = {"checkpoint": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return cfg | {"model": merged}, parent, tokenizer, record
+

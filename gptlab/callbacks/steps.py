@@ -1,0 +1,176 @@
+"""Callbacks count in optimizer steps: the hook they share, the end of training, signals, and compiling before the clock."""
+
+import logging
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+log = logging.getLogger("gptlab")
+
+
+class StepCallback(Callback):
+    """A callback with `on_step_end`, called once an optimizer step, however many micro-batches make one.
+
+    `trainer.should_stop` is true there at the last step; `validation_follows` tells whether Lightning validates next.
+    """
+
+    _last_step = -1
+
+    def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self.on_step_end(trainer, task, trainer.global_step)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates at the step that has just ended."""
+    if trainer.should_stop:
+        return True
+    if trainer.check_val_every_n_epoch is None:  # counted over epochs
+        return (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+    return (trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0
+
+
+class Budget(StepCallback):
+    """Ends training after `total_steps`, or at the first step after `max_time_s` seconds of training.
+
+    It asks Lightning to stop, rather than being cut off, and so the last step is validated like any other.
+    """
+
+    def __init__(self, total_steps: int, max_time_s: float | None):
+        self.total_steps, self.max_time_s = total_steps, max_time_s
+        self.seconds_before = 0.0
+        self._start: float | None = None
+        self._end: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the first step of the run on, over all its sessions; without start-up and compilation."""
+        if self._start is None:
+            return self.seconds_before
+        return self.seconds_before + (self._end or time.perf_counter()) - self._start
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        super().on_train_start(trainer, task)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
+        if step >= self.total_steps or (self.max_time_s is not None and self.seconds >= self.max_time_s):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        self._end = time.perf_counter()
+
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        self._end = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds_before = state["seconds"]
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """Somebody asked the run to end: Ctrl-C (SIGINT), SIGTERM, or SIGUSR1 as SLURM sends it before the time is up."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 130 if signum == signal.SIGINT else 143
+
+
+class Interrupts(StepCallback):
+    """Ends the run at the next step boundary after a signal, once `save` has put everything needed to resume on disk.
+
+    Signals are only noted while a step or a validation is under way: saving in the middle of either would lose it. A
+    second Ctrl-C does not wait.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, save: Any):
+        self.save = save  # called with the trainer
+        self.signum: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        super().on_train_start(trainer, task)
+        if threading.current_thread() is threading.main_thread():  # here, because Lightning has set its own by now
+            self._handlers = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+
+    def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
+        if self.signum is not None and not validation_follows(trainer):
+            self._end(trainer)
+
+    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if self.signum is not None and not trainer.should_stop:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        assert self.signum is not None
+        self.save(trainer)
+        raise Interrupted(self.signum)
+
+    def teardown(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+
+class CompileAhead(Callback):
+    """Compiles the training and the validation graph before the first step, so that no clock counts it.
+
+    Both are run once on a batch that is then forgotten: gradients, sums and random numbers stay as they were. Where the
+    compiler fails and nobody said that it `must` work, training goes on without it.
+    """
+
+    def __init__(self, must: bool):
+        self.must = must
+        self.seconds: float | None = None  # what compiling took
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if not task.compiled:
+            return
+        start = time.perf_counter()
+        try:
+            self._run_once(trainer, task)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            if self.must:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            log.warning("compiling failed (%s): going on without; compile=true shows why, compile=false skips this", reason)
+            task.set_compile(False)
+        task.zero_grad()
+        task.step_sums.zero_()
+        task.validation.reset()
+        self.seconds = time.perf_counter() - start
+
+    def _run_once(self, trainer: Trainer, task: LightningModule) -> None:
+        windows = trainer.datamodule.train_windows
+        batch = windows.__getitems__([0] * trainer.datamodule.config.batch_size)
+        batch = {name: tensor.to(task.device) for name, tensor in batch.items()}
+        devices = [task.device] if task.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            with trainer.precision_plugin.train_step_context():
+                loss = task.training_step(batch, 0)
+            loss.backward()
+            task.eval()
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                task.validation_step(batch, 0)
+            task.train()

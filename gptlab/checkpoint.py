@@ -1,0 +1,128 @@
+"""Checkpoint files: written whole or not at all, holding only tensors and plain types, and read back as such."""
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gptlab.model import GPT, GPTConfig
+from gptlab.tokenizer import Tokenizer, tokenizer_from_state
+
+FORMAT = 1
+OWN_KEY = "gptlab"  # our part of a checkpoint: {format, model, tokenizer, ...}
+MODEL_PREFIX = "model."  # where the network's weights stand in `state_dict`
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill `path`, so that after any crash either the old file or the whole new one is there.
+
+    Raises OSError (no space left, read-only folder) with the old file untouched and nothing left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name survives a power cut too
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed writer left half-written; call it only while no other process writes there."""
+    for leftover in folder.glob(".*.tmp.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically. Raises OSError, naming the file, when the disk is full or read-only."""
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's zip writer hides the OSError of the file below it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; no checkpoint was written, an older one is as it was", str(path)) from error
+
+
+def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The checkpoint in `path`; never runs code that it holds. Raises ValueError when it is none of ours or damaged."""
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: refused, it holds more than tensors and plain types ({reason})") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: damaged or no checkpoint ({str(error).strip().splitlines()[0]})") from error
+    own = checkpoint.get(OWN_KEY) if isinstance(checkpoint, dict) else None
+    if own is None:
+        raise ValueError(f"{path}: a torch file, but no checkpoint of gptlab: it has no {OWN_KEY!r} entry")
+    if own["format"] != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {own['format']}, this gptlab reads {FORMAT}; use the gptlab it came from")
+    return checkpoint
+
+
+def describe(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Our part of a checkpoint: all that the weights need beside themselves."""
+    return {"format": FORMAT, "model": asdict(config), "tokenizer": tokenizer.state()}
+
+
+def model_config(checkpoint: dict[str, Any]) -> GPTConfig:
+    """The config in a checkpoint. Raises ValueError for fields that this version does not know."""
+    stored = checkpoint[OWN_KEY]["model"]
+    if unknown := set(stored) - {field.name for field in fields(GPTConfig)}:
+        raise ValueError(f"the checkpoint's model has fields unknown to this gptlab: {', '.join(sorted(unknown))}")
+    return GPTConfig(**stored)
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The network's own weights, without the names of what held it."""
+    return {
+        name.removeprefix(MODEL_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(MODEL_PREFIX)
+    }
+
+
+def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]:
+    """The network, in eval mode, and the tokenizer of a checkpoint file."""
+    checkpoint = load(path)
+    model = GPT(model_config(checkpoint), trust)
+    try:
+        model.load_state_dict(model_weights(checkpoint))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit their own config ({error})") from error
+    return model.eval(), tokenizer_from_state(checkpoint[OWN_KEY]["tokenizer"], trust)
+
+
+def find(run: Path, which: str = "best") -> Path:
+    """The checkpoint file that RUN means: RUN itself, or in a run folder best.ckpt if there is one, otherwise last.ckpt."""
+    if run.is_file():
+        return run
+    if not run.exists():
+        raise ValueError(f"{run}: no such run folder or checkpoint")
+    for name in (which, "last"):
+        if (path := run / "checkpoints" / f"{name}.ckpt").is_file():
+            return path
+    raise ValueError(f"{run}: holds no checkpoints/last.ckpt; is it a run folder, and has the run saved yet?")

@@ -1,0 +1,154 @@
+"""The LightningDataModule: text becomes tokens, tokens become batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from gptlab.data.corpus import Files, Source
+from gptlab.data.tokens import Prepared, cache_dir, prepare
+from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.tokenizer import Tokenizer
+
+
+@dataclass
+class DataConfig:
+    """What text, and how it is cut into batches."""
+
+    source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
+    files: Any = None  # your own text: a path, a glob, or a list of them
+    validation_files: Any = None  # your own held-out text; null: a share of the text is held out
+    validation_fraction: float = 0.1  # that share, cut off before windows are made
+    strip_gutenberg: bool = True  # leave out Project Gutenberg's header and licence
+    batch_size: int = 32  # sequences a rank and micro-batch
+    stride: int | None = None  # tokens between the starts of two training windows; null: half a block
+    num_workers: int = 0  # loader processes; memory-mapped tokens need none
+
+
+class TextDataModule(LightningDataModule):
+    """Sliding windows over the tokens of a corpus, split into training and validation before any window is cut."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source | None,
+        tokenizer: Callable[..., Tokenizer] | Tokenizer,
+        block_size: int,
+        seed: int,
+        cache: Path | None = None,
+    ):
+        super().__init__()
+        check(config)
+        self.config, self.block_size, self.seed = config, block_size, seed
+        self.stride = config.stride or max(1, block_size // 2)
+        if config.files is not None:
+            source = Files(config.files, strip_gutenberg=config.strip_gutenberg)
+        if source is None:
+            raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
+        self.source = source
+        self.build_tokenizer = tokenizer
+        self.cache = cache or cache_dir()
+        self.prepared: Prepared | None = None
+
+    def prepare_data(self) -> None:
+        """Build tokenizer and token files, or find them in the cache."""
+        held_out = self.config.validation_files
+        self.prepared = prepare(
+            self.source,
+            self.build_tokenizer,
+            validation_source=None if held_out is None else Files(held_out, strip_gutenberg=self.config.strip_gutenberg),
+            validation_fraction=self.config.validation_fraction,
+            cache=self.cache,
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.prepared is None:  # a rank that built nothing finds it in the cache
+            self.prepare_data()
+        assert self.prepared is not None
+        train, validation = self.prepared.train, self.prepared.validation
+        self.train_windows = WindowDataset(train, self.block_size, self.stride)
+        self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
+        if not len(self.train_windows):
+            raise ValueError(
+                f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} takes "
+                f"{self.block_size + 1}: lower model.block_size, or add text"
+            )
+        if not len(self.validation_windows):
+            raise ValueError(
+                f"the validation split has {len(validation)} tokens and needs at least 2: raise "
+                f"data.validation_fraction={self.config.validation_fraction}, or add text"
+            )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.prepared is None:
+            self.prepare_data()
+        assert self.prepared is not None
+        return self.prepared.tokenizer
+
+    def order(self, accumulate: int = 1, rank: int = 0, world: int = 1) -> TrainingOrder:
+        """The order of the training windows; raises ValueError when they do not fill one optimizer step."""
+        return TrainingOrder(len(self.train_windows), self.config.batch_size, accumulate, self.seed, rank, world)
+
+    def train_dataloader(self) -> WindowLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        order = self.order(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
+        loader = self._loader(self.train_windows, order)
+        loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return loader
+
+    def val_dataloader(self) -> WindowLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        windows = self.validation_windows
+        order = ScoringOrder(len(windows), self.config.batch_size, trainer.global_rank, trainer.world_size)
+        return self._loader(windows, order)
+
+    def _loader(self, windows: WindowDataset, order: TrainingOrder | ScoringOrder) -> WindowLoader:
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to continue: the text, and all that its order follows from."""
+        assert self.prepared is not None
+        trainer = self.trainer
+        step = self.config.batch_size * (trainer.world_size * trainer.accumulate_grad_batches if trainer else 1)
+        return {
+            "fingerprint": self.prepared.fingerprint,
+            "block_size": self.block_size,
+            "stride": self.stride,
+            "seed": self.seed,
+            "windows_a_step": step,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.identity()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, now in self.identity().items():
+            if state[name] != now:
+                raise ValueError(
+                    f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
+                    "same run; restore the data and settings, or start a new run with init_from"
+                )
+
+
+def check(config: DataConfig) -> None:
+    """Raise ValueError with every value that cannot be."""
+    faults = [
+        f"data.{name}={value} must be at least {least}"
+        for name, value, least in (
+            ("batch_size", config.batch_size, 1),
+            ("stride", config.stride, 1),
+            ("num_workers", config.num_workers, 0),
+        )
+        if value is not None and value < least
+    ]
+    if not 0 < config.validation_fraction < 1:
+        faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
+    if faults:
+        raise ValueError("; ".join(faults))

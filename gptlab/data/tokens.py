@@ -1,0 +1,344 @@
+"""Tokens on disk: a source becomes two flat files of ids, once, and is then read through memory maps.
+
+A prepared folder holds `train.bin` and `validation.bin` (headerless little-endian uint16, or uint32 for more than
+65,536 tokens), the tokenizer, and `meta.json`, which is written last: a folder without it does not count.
+"""
+
+import errno
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from filelock import FileLock
+
+from gptlab.data.corpus import MANY_DOCUMENTS, Document, Source, split_documents, split_rule
+from gptlab.run import write_json
+from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the same text would give other files
+SIDES = ("train", "validation")
+ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
+T = TypeVar("T")
+
+
+def cache_dir() -> Path:
+    """Where downloads, tokenizers and tokens are kept: `$GPTLAB_CACHE_DIR`, else `~/.cache/gptlab`."""
+    return Path(os.environ.get("GPTLAB_CACHE_DIR") or "~/.cache/gptlab").expanduser().absolute()
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TokenFile:
+    """The ids in a file, mapped into memory: slicing reads only what is asked for, and workers share the pages."""
+
+    def __init__(self, path: Path, dtype: str, n_tokens: int):
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype)
+        self.n_tokens = n_tokens
+        found = self.path.stat().st_size if self.path.is_file() else "no"
+        if found != (expected := n_tokens * self.dtype.itemsize):
+            raise ValueError(f"{path} should hold {expected} bytes and holds {found}; delete its folder to rebuild it")
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        return self.array[index]
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        # A plain view: slicing np.memmap itself costs ten times as much.
+        return np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,)))
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "array"}  # workers map the file anew
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source as tokens: what training, evaluation and the run record need to know of the data."""
+
+    folder: Path
+    train: TokenFile
+    validation: TokenFile
+    tokenizer: Tokenizer
+    meta: dict
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens with equal meaning, wherever and whenever they were prepared."""
+        parts = [self.meta["tokenizer_fingerprint"], *(self.meta["splits"][side]["sha256"] for side in SIDES)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_prepared(folder: Path, trust: tuple[str, ...] = ()) -> Prepared:
+    """The tokens in `folder`. Raises ValueError if it is not there, incomplete or damaged."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']}, where this gptlab reads {FORMAT}")
+        files = {
+            side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["splits"][side]["tokens"]) for side in SIDES
+        }
+        tokenizer = load_tokenizer(folder / "tokenizer", trust)
+        if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+            raise ValueError("its tokenizer is not the one that made it")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no complete prepared data ({error}); prepare it again") from error
+    return Prepared(folder, **files, tokenizer=tokenizer, meta=meta)
+
+
+def prepare(
+    source: Source,
+    build_tokenizer: Callable[..., Tokenizer] | Tokenizer | None,
+    *,
+    validation_source: Source | None = None,
+    validation_fraction: float,
+    cache: Path,
+    tokenizer_path: Path | None = None,
+    trust: tuple[str, ...] = (),
+) -> Prepared:
+    """Split the source, get the tokenizer, and encode both sides, unless `cache` has the result already.
+
+    The tokenizer is the one at `tokenizer_path`, or else `build_tokenizer`: a tokenizer, or a partial of some
+    `Tokenizer.train`, which then learns from the training text alone. With a `validation_source`, all of `source` is
+    for training. Any number of processes may call this at once, and die at any time: one builds, the others wait, and
+    no half of a file is used.
+    """
+    text = _SplitText(source, validation_source, validation_fraction)
+    cache = Path(cache)
+    if tokenizer_path is not None:
+        tokenizer = load_tokenizer(tokenizer_path, trust)
+    elif isinstance(build_tokenizer, Tokenizer):
+        tokenizer = build_tokenizer
+    elif build_tokenizer is not None:
+        tokenizer = _trained_tokenizer(text, build_tokenizer, cache / "tokenizers")
+    else:
+        raise ValueError("data has no tokenizer: choose how to build one, or give tokenizer_path")
+    trust = (*trust, type(tokenizer).__module__.split(".")[0])  # its code runs already
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
+    return _once(
+        cache / "tokens" / key,
+        load=lambda folder: open_prepared(folder, trust),
+        build=lambda folder: _build(folder, text, tokenizer, dtype),
+    )
+
+
+def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict]:
+    """What each side holds, as the rows of a table: sizes, compression, coverage, and windows of `block_size`.
+
+    Training windows start `stride` tokens apart and have one token more than `block_size`, the last target; the dropped
+    tail is what the last one leaves. Validation windows are side by side, and the last may be shorter: none is dropped.
+    """
+    rows = {}
+    for side in SIDES:
+        split = prepared.meta["splits"][side]
+        rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage")}
+        rows[side]["bytes_per_token"] = split["bytes"] / split["tokens"]
+    n = len(prepared.train)
+    windows = (n - block_size - 1) // stride + 1 if n > block_size else 0
+    covered = (windows - 1) * stride + block_size + 1 if windows else 0
+    rows["train"] |= {"windows": windows, "dropped_tokens": max(n - covered, 0)}
+    rows["validation"] |= {"windows": -(-(len(prepared.validation) - 1) // block_size), "dropped_tokens": 0}
+    return rows
+
+
+class _SplitText:
+    """The text to prepare: its pieces, and the identities by which caches know it without reading it all."""
+
+    def __init__(self, source: Source, validation_source: Source | None, fraction: float):
+        self.source, self.validation_source = source, validation_source
+        self.fraction = None if validation_source else fraction
+        self.files = {"source": _file_records(source)}
+        self.training_identity = [_source_identity(source, self.files["source"]), self.fraction, MANY_DOCUMENTS]
+        self.identity = [self.training_identity]
+        if validation_source:
+            self.files["validation_source"] = _file_records(validation_source)
+            self.identity.append(_source_identity(validation_source, self.files["validation_source"]))
+            self._refuse_overlap()
+
+    def _refuse_overlap(self) -> None:
+        training = {record["sha256"]: record["path"] for record in self.files["source"]}
+        for record in self.files["validation_source"]:
+            if same := training.get(record["sha256"]):
+                raise ValueError(
+                    f"{record['path']} is validation text, and the same as {same}, which is training text: "
+                    "leave it out of one of them"
+                )
+
+    @cached_property
+    def rule(self) -> str:
+        return "source" if self.validation_source else split_rule(self.source.documents())
+
+    def pieces(self) -> Iterator[tuple[str, Document]]:
+        """Every piece as ("train" or "validation", document). Raises ValueError, at the end, if a side got none."""
+        if self.validation_source:
+            yield from (("train", document) for document in self.source.documents())
+            yield from (("validation", document) for document in self.validation_source.documents())
+            return
+        got = set()
+        for side, document in split_documents(self.source.documents(), self.fraction, self.rule):
+            got.add(side)
+            yield side, document
+        for side, remedy in (("train", "lower"), ("validation", "raise")):
+            if side not in got:
+                raise ValueError(
+                    f"no text is left for {side}: data.validation_fraction={self.fraction} gives it none; {remedy} it, "
+                    "or give more text"
+                )
+
+    def training_texts(self) -> Iterator[str]:
+        return (document.text for side, document in self.pieces() if side == "train")
+
+
+def _file_records(source: Source) -> list[dict]:
+    return [{"path": str(p), "size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in source.paths()]
+
+
+def _source_identity(source: Source, files: list[dict]) -> list:
+    kind = type(source)
+    return [kind.__module__, kind.__qualname__, _code(kind), source.settings, [file["sha256"] for file in files]]
+
+
+def _code(thing: type | Callable) -> str:
+    """The hash of the module that defines `thing`: after an edit there, its work is not taken from the cache."""
+    try:
+        return sha256_of_file(Path(inspect.getfile(thing)))
+    except (TypeError, OSError):  # it was typed at a prompt
+        return ""
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _trained_tokenizer(text: _SplitText, build: Callable[..., Tokenizer], cache: Path) -> Tokenizer:
+    partial = build if isinstance(build, functools.partial) else functools.partial(build)
+    owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
+    name = [owner.__module__, owner.__qualname__, partial.func.__name__]
+    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, text.training_identity)
+    return _once(
+        cache / key,
+        load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
+        build=lambda folder: build(text.training_texts()).save(folder),
+    )
+
+
+def _once(folder: Path, load: Callable[[Path], T], build: Callable[[Path], None]) -> T:
+    """What `load` makes of `folder`. Where it raises ValueError, `build` fills the folder first.
+
+    One process builds at a time. What it leaves when it is killed does not load, and the next one starts afresh.
+    """
+    try:
+        return load(folder)
+    except ValueError:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to {folder.parent} ({error.strerror}); {ELSEWHERE}") from error
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        try:
+            return load(folder)  # built while this process waited for the lock
+        except ValueError as error:
+            if folder.exists():
+                log.warning("building anew what is damaged or unfinished: %s", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            build(folder)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, f"no space for {folder} ({error.strerror}); {ELSEWHERE}") from error
+            raise
+        return load(folder)
+
+
+def _build(folder: Path, text: _SplitText, tokenizer: Tokenizer, dtype: str) -> None:
+    start = time.monotonic()
+    _require_space(folder, text, tokenizer, np.dtype(dtype).itemsize)
+    with ExitStack() as stack:
+        writers = {
+            side: _Writer(stack.enter_context(open(folder / f"{side}.bin", "wb")), tokenizer, dtype) for side in SIDES
+        }
+        for side, document in text.pieces():
+            writers[side].add(document.text)
+        splits = {side: writer.finish() for side, writer in writers.items()}
+    tokenizer.save(folder / "tokenizer")
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "splits": splits,
+        "split": {"rule": text.rule, "fraction": text.fraction},
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": EOS_ID,
+        "files": text.files,
+        "versions": {name: version(name) for name in ("gptlab", "numpy", "sentencepiece")},
+    }
+    write_json(folder / "meta.json", meta)
+    tokens = sum(split["tokens"] for split in splits.values())
+    log.info("prepared %d tokens in %.1f s: %s", tokens, time.monotonic() - start, folder)
+
+
+def _require_space(folder: Path, text: _SplitText, tokenizer: Tokenizer, itemsize: int) -> None:
+    text_bytes = sum(file["size"] for files in text.files.values() for file in files)
+    sample = next(text.pieces())[1].text[:10_000]
+    needed = int(text_bytes * itemsize * len(tokenizer.encode(sample)) / len(sample.encode("utf-8", "surrogatepass")))
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(errno.ENOSPC, f"the tokens need about {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free")
+
+
+class _Writer:
+    """Encodes one side into its file, and counts and hashes on the way."""
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str):
+        self.file, self.tokenizer, self.dtype = file, tokenizer, dtype
+        self.digest = hashlib.sha256()
+        self.tokens = self.documents = self.bytes = 0
+        self.characters = np.zeros(sys.maxunicode + 1, dtype=np.int64)  # how often each code point occurs
+
+    def add(self, text: str) -> None:
+        ids = self.tokenizer.encode(text)
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.tokenizer.vocab_size)
+        content = np.append(ids, EOS_ID).astype(self.dtype).tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.tokens += ids.size + 1
+        self.documents += 1
+        self.bytes += len(text.encode("utf-8", "surrogatepass"))
+        counts = np.bincount(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32))
+        self.characters[: counts.size] += counts
+
+    def finish(self) -> dict:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        found = {chr(code): int(self.characters[code]) for code in np.flatnonzero(self.characters)}
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "sha256": self.digest.hexdigest(),
+            "coverage": self.tokenizer.coverage(found),
+        }

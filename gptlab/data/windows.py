@@ -1,0 +1,173 @@
+"""Sliding windows over tokens, and the order in which training sees them: a pure function of (seed, epoch, position).
+
+Shapes: B batch, T time (block_size).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gptlab.data.tokens import TokenFile
+
+ROUNDS = 8  # four are visibly biased for a handful of windows
+CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
+
+
+def window_count(tokens: int, block_size: int, stride: int) -> int:
+    """Whole windows of block_size tokens, each with a target after it."""
+    return max(0, (tokens - block_size - 1) // stride + 1)
+
+
+class WindowDataset(Dataset):
+    """Window i holds the tokens [i * stride, i * stride + T], as T tokens and the T targets one further on.
+
+    With `keep_tail` a last, partial window covers what whole ones leave over, padded and masked; so does window -1,
+    which is nothing but padding: together with stride == T every target of the file is scored exactly once.
+    """
+
+    def __init__(self, tokens: TokenFile, block_size: int, stride: int, keep_tail: bool = False):
+        self.tokens, self.block_size, self.stride, self.keep_tail = tokens, block_size, stride, keep_tail
+        self.whole = window_count(len(tokens), block_size, stride)
+        covered = (self.whole - 1) * stride + block_size + 1 if self.whole else 1  # the first token is no target
+        self.tail_tokens = len(tokens) - covered  # targets in no whole window
+
+    def __len__(self) -> int:
+        return self.whole + (1 if self.keep_tail and self.tail_tokens > 0 else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """The batch of these windows: tokens and targets (B, T) int64, loss_mask (B, T) bool."""
+        at = np.asarray(indices, dtype=np.int64)[:, None] * self.stride + np.arange(self.block_size + 1)
+        inside = (at >= 0) & (at < len(self.tokens)) & (np.asarray(indices)[:, None] >= 0)
+        windows = torch.from_numpy(self.tokens[np.where(inside, at, 0)].astype(np.int64))
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": torch.from_numpy(inside[:, 1:])}
+
+
+def permute(positions: np.ndarray, count: int, key: str) -> np.ndarray:
+    """Where a shuffle of range(count), chosen by `key`, sends `positions`: a Feistel network with cycle walking.
+
+    It needs no memory for the permutation itself, and gives the same order on any machine and library version.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    digest = hashlib.blake2b(f"{key}/{count}".encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    values = positions.astype(np.uint64)
+    walking = np.ones(len(values), dtype=bool)  # those sent past the end are sent on until they land inside
+    while walking.any():
+        left, right = values[walking] >> np.uint64(half), values[walking] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        values[walking] = (left << np.uint64(half)) | right
+        walking = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): every bit of x reaches every bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class TrainingOrder(Sampler[list[int]]):
+    """Micro-batches of window indices, for one rank.
+
+    Micro-batch k of an epoch is made of the positions [k G, (k + 1) G) of the shuffled windows, G = batch_size * world;
+    rank r takes every world-th of them. So the same windows make a step for any number of ranks, workers, or
+    accumulated micro-batches. Windows that do not fill a whole optimizer step are left out of the epoch; another epoch
+    leaves out others.
+    """
+
+    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int, rank: int = 0, world: int = 1):
+        self.count, self.seed, self.rank, self.world = count, seed, rank, world
+        self.global_batch = batch_size * world
+        self.batches = count // (self.global_batch * accumulate) * accumulate
+        if not self.batches:
+            raise ValueError(
+                f"an optimizer step takes {self.global_batch * accumulate} windows and the training split has {count}: "
+                "lower data.batch_size, trainer.accumulate_grad_batches, data.stride or model.block_size, or add text"
+            )
+        self.epoch, self.start = 0, 0
+
+    @property
+    def sampler(self) -> "TrainingOrder":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start, self.start = self.epoch, self.start, 0
+        chunk, first = np.empty(0, dtype=np.int64), 0  # permuted positions [first, first + len(chunk))
+        for batch in range(start, self.batches):
+            low, high = batch * self.global_batch, (batch + 1) * self.global_batch
+            if high > first + len(chunk):
+                positions = np.arange(low, min(max(high, low + CHUNK), self.count))
+                chunk, first = permute(positions, self.count, f"{self.seed}/{epoch}"), low
+            yield chunk[low - first : high - first][self.rank :: self.world].tolist()
+
+
+class ScoringOrder(Sampler[list[int]]):
+    """Every window once, in order, in batches of one shape: rank r of the world takes every world-th batch.
+
+    What is missing at the end is filled with window -1, which is all padding.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.count, self.batch_size, self.rank, self.world = count, batch_size, rank, world
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(len(self)):
+            first = (batch * self.world + self.rank) * self.batch_size
+            yield [index if index < self.count else -1 for index in range(first, first + self.batch_size)]
+
+
+def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+class WindowLoader(DataLoader):
+    """A sized loader whose position is plain numbers, the same on every rank, and of a batch that was really trained on.
+
+    `progress` tells how many micro-batches of the epoch have been processed: what a worker has fetched ahead does not count.
+    """
+
+    def __init__(self, dataset: WindowDataset, order: TrainingOrder | ScoringOrder, num_workers: int, pin_memory: bool):
+        self.order = order
+        self.progress = lambda: 0
+        super().__init__(
+            dataset,
+            batch_sampler=order,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=False,
+            generator=torch.Generator(),  # its own, so that starting an iterator draws nothing from torch's
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        assert isinstance(self.order, TrainingOrder)
+        return {"epoch": self.order.epoch, "windows": self.progress() * self.order.global_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        order = self.order
+        assert isinstance(order, TrainingOrder)
+        order.epoch, order.start = state["epoch"], state["windows"] // order.global_batch
+        if order.start >= order.batches:
+            order.epoch, order.start = order.epoch + 1, 0

@@ -1,0 +1,159 @@
+"""What the Hydra doors share: composing, logging, sweeps, and saying what went wrong."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from gptlab import config, manual, sweep
+
+log = logging.getLogger("gptlab")
+
+BAD_INPUT, FAILED, CTRL_C = 2, 1, 130
+MESSAGE_LINES = 15
+
+
+def say(message: str) -> None:
+    """Print for a person or program; with progress bars about, through whatever stdout is just now."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def show(table: Table) -> None:
+    """Print a table as wide as the terminal, or wide enough for a file."""
+    RichConsole(width=None if on_terminal() else 160).print(table)
+
+
+def on_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """gptlab's own log on the console, and with times in `path`."""
+    file = logging.FileHandler(path)
+    file.setLevel(logging.DEBUG)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    try:
+        yield
+    finally:
+        log.removeHandler(file)
+        file.close()
+
+
+def quiet() -> None:
+    """Only what a user can act on: gptlab's own words, and the libraries' warnings in the log of a debugging run."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not any(isinstance(handler, Console) for handler in log.handlers):
+        log.addHandler(Console(logging.INFO))
+    if not debugging():
+        for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning|torch")
+
+
+def debugging() -> bool:
+    return os.environ.get("GPTLAB_DEBUG") == "1"
+
+
+def fail(message: str) -> None:
+    """One message of at most 15 lines, on standard error."""
+    lines = message.strip().splitlines()
+    if len(lines) > MESSAGE_LINES:
+        lines = [*lines[: MESSAGE_LINES - 1], f"... and {len(lines) - MESSAGE_LINES + 1} lines more"]
+    print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def root_of(error: BaseException) -> BaseException:
+    """What lies below the wrappers of Hydra's instantiate."""
+    while type(error).__module__.startswith(("hydra", "omegaconf")) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether a user can mend it: our own ValueErrors, files that cannot be used, and what Lightning refuses to set up."""
+    mendable = isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
+    return mendable and not isinstance(error, UnicodeError)
+
+
+def report(error: BaseException, before_first_step: bool) -> int:
+    """Say what went wrong and give the exit code."""
+    if debugging():
+        traceback.print_exception(error)
+    error = root_of(error)
+    if isinstance(error, KeyboardInterrupt):
+        return CTRL_C
+    explained = config.explain(error)
+    if explained or (before_first_step and is_bad_input(error)):
+        fail(explained or str(error))
+        return BAD_INPUT
+    message = str(error) if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: {error}"
+    fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")
+    return FAILED
+
+
+def strip_key(override: str) -> str:
+    """The key that an override names: model.n_layer of +model.n_layer=4."""
+    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def overridden_keys() -> set[str]:
+    """The keys that the command line gives; "" where a word like experiments=... may set any key."""
+    keys = {strip_key(override) for override in HydraConfig.get().overrides.task}
+    return {"" if key in ("experiments", "stage") else key for key in keys}
+
+
+def run_name() -> str:
+    """What a new run folder is called: the experiment, or model and data."""
+    choices = HydraConfig.get().runtime.choices
+    if choices.get("experiments"):
+        return str(choices["experiments"]).replace("/", "-")
+    return f"{choices['model']}-{choices['data']}"
+
+
+def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -> None:
+    """Compose the config `name` from the command line, act on it, and exit. A sweep acts on each job in its own process."""
+    if manual.answer(name, sys.argv[1:]):
+        return
+    quiet()
+    config.register()
+    outcome = {"code": 0}
+
+    def job(cfg: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep.run_job(name)
+            return
+        try:
+            plain = config.plain(cfg)
+            config.check_targets(plain, config.trusted(plain))
+            outcome["code"] = act(plain, overridden_keys(), run_name())
+        except BaseException as error:
+            outcome["code"] = report(error, before_first_step=True)
+
+    try:
+        hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
+        outcome["code"] = outcome["code"] or sweep.summarise(show)
+    except Exception as error:
+        outcome["code"] = report(error, before_first_step=True)
+    sys.exit(outcome["code"])

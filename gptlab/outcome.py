@@ -1,0 +1,126 @@
+"""How a run ends: its status, its exit code, and result.json with every figure, null where it was not measured."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gptlab import __version__, doors
+from gptlab.assembly import Watchers
+from gptlab.callbacks.steps import Interrupted
+from gptlab.data.module import TextDataModule
+from gptlab.resume import OF_THE_COMMAND, is_below
+from gptlab.run import RunFolder, write_json
+from gptlab.tasks.lm import LMTask
+
+log = logging.getLogger("gptlab")
+
+
+class Outcome:
+    """Surrounds everything that happens in a run folder, and leaves status.json and result.json however it ends."""
+
+    def __init__(self, folder: RunFolder, cfg: dict[str, Any], process_start: float):
+        self.folder, self.cfg, self.process_start = folder, cfg, process_start
+        self.exit_code = 0
+        self.parent: dict[str, Any] | None = None
+        self.watchers: Watchers | None = None
+        self._nothing_to_do = False
+
+    def watch(self, task: LMTask, data: TextDataModule, watchers: Watchers) -> None:
+        """From here on there is something to report on."""
+        self.task, self.data, self.watchers = task, data, watchers
+
+    def nothing_to_do(self) -> None:
+        """The run had ended before; status and result stay as they are."""
+        self._nothing_to_do = True
+
+    def __enter__(self) -> "Outcome":
+        self._before = self.folder.status()
+        self.folder.set_status("running", self._before.get("step", 0))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None and self._nothing_to_do:
+            self.folder.set_status("completed", self._before.get("step", 0))
+            return True
+        status, message = "completed", None
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            status = "interrupted"
+            self.exit_code = error.exit_code if isinstance(error, Interrupted) else doors.CTRL_C
+            log.info("interrupted; continue with: python -m gptlab.train resume=%s", self.folder.path)
+        elif error is not None:
+            status, message = "failed", str(doors.root_of(error))
+            log.debug("failed", exc_info=error)  # the traceback, for train.log alone
+            self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():  # a full disk is said already
+            self._leave(status, message)
+        return True
+
+    @property
+    def has_stepped(self) -> bool:
+        return self.watchers is not None and self.watchers.monitor.first_step_at is not None
+
+    def _leave(self, status: str, message: str | None) -> None:
+        step = self.watchers.record.step if self.watchers is not None else self._before.get("step", 0)
+        self.folder.set_status(status, step, message)
+        if self.watchers is not None:
+            write_json(self.folder.result, self.result(status))
+
+    def result(self, status: str) -> dict[str, Any]:
+        """The content of result.json."""
+        assert self.watchers is not None
+        watchers, folder = self.watchers, self.folder
+        now, first_step = datetime.now().timestamp(), watchers.monitor.first_step_at
+        assert self.data.prepared is not None
+        return {
+            "status": status,
+            "seed": self.cfg["seed"],
+            **watchers.record.result(self.task),
+            "best_val_loss": watchers.checkpoints.best_loss,
+            "best_step": watchers.checkpoints.best_step,
+            "seconds_to_first_step": None if first_step is None else round(first_step - self.process_start, 3),
+            "seconds_to_compile": watchers.compile.seconds,
+            "seconds_total": round(now - self.process_start, 3),
+            "fingerprints": {
+                "config": config_fingerprint(self.cfg),
+                "data": self.data.prepared.fingerprint,
+                "tokenizer": self.data.tokenizer.fingerprint,
+                "code": code_fingerprint(),
+            },
+            "versions": {
+                "gptlab": __version__,
+                "torch": torch.__version__,
+                "lightning": version("lightning"),
+                "python": platform.python_version(),
+            },
+            "alerts": watchers.alerts.alerts,
+            "checkpoints": {"best": relative(folder.best, folder.path), "last": relative(folder.last, folder.path)},
+            "parent": self.parent,
+        }
+
+
+def config_fingerprint(cfg: dict[str, Any]) -> str:
+    """Equal for equal configs, wherever their runs stand."""
+    content = {key: value for key, value in cfg.items() if not is_below(key, OF_THE_COMMAND)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_fingerprint() -> str:
+    """The hash of the package's own source."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def relative(path: Path, folder: Path) -> str | None:
+    return str(path.relative_to(folder)) if path.exists() else None

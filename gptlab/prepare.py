@@ -1,0 +1,43 @@
+"""The door `python -m gptlab.prepare`: text becomes a tokenizer and token files, and a table says what they hold."""
+
+from typing import Any
+
+from rich.table import Table
+
+from gptlab import assembly, doors
+from gptlab.data.tokens import report
+
+
+def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
+    """Prepare the data that a run with this config would train on, and print what it is."""
+    data = assembly.build_data(cfg)
+    prepared = data.prepared
+    assert prepared is not None
+    rows = report(prepared, data.block_size, data.stride)
+    split = prepared.meta["split"]
+    table = Table(title=f"{name}: {data.tokenizer.vocab_size:,} tokens known, split by {split}", title_justify="left")
+    table.add_column("")
+    for side in rows:
+        table.add_column(side, justify="right")
+    for key, form in {
+        "documents": "{:,}",
+        "bytes": "{:,}",
+        "tokens": "{:,}",
+        "bytes_per_token": "{:.3f}",
+        "coverage": "{:.4%}",
+        "windows": "{:,}",
+        "dropped_tokens": "{:,}",
+    }.items():
+        table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
+    doors.show(table)
+    doors.say(f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation")
+    doors.say(f"tokens: {prepared.folder}")
+    return 0
+
+
+def main() -> None:
+    doors.hydra_door("prepare", prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The run folder: its paths, its one owner, and the small JSON files that tell how the run stands."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gptlab.checkpoint import sweep_leftovers, write_atomically
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, and belongs to somebody else
+    return True
+
+
+class RunFolder:
+    """A folder that belongs to one process at a time, from `acquire` to `release`."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.metrics = self.path / "metrics.csv"
+        self.samples = self.path / "samples.jsonl"
+        self.log = self.path / "train.log"
+        self.status_file = self.path / "status.json"
+        self.result = self.path / "result.json"
+        self._lock = FileLock(self.path / ".lock")
+
+    @classmethod
+    def new(cls, name: str, root: Path = Path("runs")) -> "RunFolder":
+        """A folder for a new run, `<root>/<date>/<time>-<name>`, that no other run has."""
+        stem = time.strftime("%Y-%m-%d/%H-%M-%S") + f"-{name}"
+        path, count = root / stem, 1
+        while path.exists():
+            count += 1
+            path = root / f"{stem}-{count}"
+        return cls(path)
+
+    def acquire(self, resume: bool) -> None:
+        """Become the folder's owner. Raises ValueError if it has one, or holds files that a new run would mix with."""
+        held = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
+        if not resume and (held := [name for name in held if name != ".lock"]):
+            raise ValueError(
+                f"run_dir={self.path} is not empty (it holds {', '.join(held[:3])}); "
+                f"choose another, or continue that run with resume={self.path}"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            status = self.status()
+            raise ValueError(
+                f"{self.path} is in use by process {status.get('pid', 'unknown')} on {status.get('host', 'unknown')}; "
+                "wait for it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"run_dir={self.path}: {error.strerror}; choose a folder that can be written") from error
+        self.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.path, self.checkpoints):
+            sweep_leftovers(folder)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def set_status(self, status: str, step: int, error: str | None = None) -> None:
+        content = {"status": status, "step": step, "pid": os.getpid(), "host": socket.gethostname()}
+        write_json(self.status_file, content | ({"error": error} if error else {}))
+
+    def status(self) -> dict[str, Any]:
+        """status.json, where a run whose process is gone counts as interrupted; {} if there is none."""
+        try:
+            status = json.loads(self.status_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        here = status.get("host") in (None, socket.gethostname())
+        if status["status"] == "running" and here and not process_is_alive(status["pid"]):
+            status["status"] = "interrupted"
+        return status
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of metrics.csv and samples.jsonl that a resumed run, at `step`, will write again."""
+        if self.metrics.exists():
+            header, *rows = self.metrics.read_text().splitlines(keepends=True) or [""]
+            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
+            write_atomically(self.metrics, lambda file: file.write("".join([header, *kept]).encode()))
+        if self.samples.exists():
+            lines = self.samples.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.samples, lambda file: file.write("".join(kept).encode()))
+
+
+def unfinished_runs(root: Path) -> list[RunFolder]:
+    """Run folders below `root` that stopped before their end, newest first."""
+    folders = [RunFolder(path.parent) for path in root.glob("**/status.json")]
+    folders = [folder for folder in folders if folder.status().get("status") in ("interrupted", "failed")]
+    return sorted(folders, key=lambda folder: folder.status_file.stat().st_mtime, reverse=True)

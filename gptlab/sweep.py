@@ -1,0 +1,82 @@
+"""Sweeps: each job is a process of its own with a run folder of its own, and none hides or ends the others."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from rich.table import Table
+
+INTERRUPTED = (130, 143)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_jobs: list[dict[str, Any]] = []
+
+
+def run_job(door: str) -> None:
+    """Run this job of a sweep as `python -m gptlab.<door>`; its exit code is kept for the summary, not raised."""
+    if _jobs and _jobs[-1]["exit_code"] in INTERRUPTED:
+        return  # whoever stopped that job wants the sweep to end
+    hydra_config = HydraConfig.get()
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
+    folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, overrides)
+    print(f"job {hydra_config.job.num}: {' '.join(overrides)}", flush=True)
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={folder}"], process_group=0)
+    # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
+    handlers = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in FORWARDED}
+    try:
+        exit_code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    job = {"job": hydra_config.job.num, "overrides": overrides, "run_dir": str(folder)}
+    job |= {"exit_code": exit_code, "seconds": round(time.monotonic() - start, 1)}
+    _jobs.append(job)
+    with open(Path(hydra_config.sweep.dir) / "sweep.jsonl", "a") as file:
+        file.write(json.dumps(job) + "\n")
+
+
+def job_name(number: int, overrides: list[str]) -> str:
+    """A folder name that tells the jobs apart: 3-model=tiny,seed=2."""
+    words = re.sub(r"[^\w=.,+-]", "_", ",".join(overrides))
+    return f"{number}-{words}"[:80].rstrip(".,-")
+
+
+def summarise(show: Callable[[Table], None]) -> int:
+    """Print a table of the sweep's jobs, if there was one; 0 if all ended well, otherwise the exit code that tells."""
+    if not _jobs:
+        return 0
+    table = Table(title="sweep", title_justify="left")
+    for column in ("job", "overrides", "status", "steps", "val/loss", "seconds", "run"):
+        table.add_column(column, overflow="fold")
+    for job in _jobs:
+        result = read_result(Path(job["run_dir"]))
+        status = result.get("status") or f"exit code {job['exit_code']}"
+        loss = result.get("val_loss")
+        table.add_row(
+            str(job["job"]),
+            " ".join(job["overrides"]),
+            status,
+            str(result.get("steps", "")),
+            "" if loss is None else f"{loss:.4f}",
+            str(job["seconds"]),
+            job["run_dir"],
+        )
+    show(table)
+    codes = [job["exit_code"] for job in _jobs]
+    if codes[-1] in INTERRUPTED:
+        return codes[-1]
+    return 1 if any(codes) else 0
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return {}

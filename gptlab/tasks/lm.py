@@ -1,0 +1,131 @@
+"""Language modelling: how a batch becomes a loss, a loss becomes a step, and a validation split becomes four figures.
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gptlab import checkpoint
+from gptlab.losses import document_layout, masked_sum, token_nll
+from gptlab.model import GPT
+from gptlab.optim import parameter_groups
+from gptlab.tasks.metrics import TokenMetrics
+from gptlab.tokenizer import EOS_ID, Tokenizer
+
+
+class LMTask(LightningModule):
+    """Next-token prediction over (tokens, targets, loss_mask) batches; which tokens the mask keeps is the data's affair.
+
+    `optimizer` makes an optimizer of parameter groups; `schedule(step, total_steps)` is a factor of its learning rate.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[..., float],
+        total_steps: int,
+        separate_documents: bool = False,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.make_optimizer, self.schedule, self.total_steps = optimizer, schedule, total_steps
+        self.separate_documents = separate_documents
+        self.set_compile(compile)
+        token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+        self.validation = TokenMetrics(token_bytes)
+        # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked.
+        self.register_buffer("step_sums", torch.zeros(2), persistent=False)
+        self.register_buffer("interval_sums", torch.zeros(2), persistent=False)
+        self.register_buffer("gradient_norm", torch.zeros(()), persistent=False)
+        self.figures: dict[str, float] = {}  # of the last validation, in float64, where Lightning keeps float32
+        self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
+
+    def set_compile(self, compile: bool) -> None:
+        """Compile the network in place, so that no weight changes its name; or stop doing so."""
+        self.compiled = compile
+        self.token_nll = torch.compile(token_nll) if compile else token_nll
+        if compile:
+            self.model.compile()
+        else:
+            self.model._compiled_call_impl = None
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T, V), each token seeing all before it in the row, or in its document."""
+        if not self.separate_documents:
+            return self.model(tokens)
+        document_ids, positions = document_layout(tokens, EOS_ID)
+        return self.model(tokens, positions, document_ids)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        targets, loss_mask = batch["targets"], batch["loss_mask"]
+        nll = masked_sum(self.token_nll(self.logits(batch["tokens"]), targets), loss_mask)
+        self.step_sums += torch.stack((nll.detach(), loss_mask.sum()))
+        self.tokens_a_batch = targets.numel()
+        return nll / self.tokens_a_batch
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Weigh the gradients by the tokens that counted, and clip their norm; called once an optimizer step.
+
+        Lightning has averaged micro-batches and ranks as if every token of theirs counted. What is wanted is the mean
+        over the tokens that did. All is one multiplication, so fused optimizers and bf16 need no special care.
+        """
+        totals = self.trainer.strategy.reduce(self.step_sums.clone(), reduce_op="sum")
+        self.interval_sums += totals
+        self.step_sums.zero_()
+        scale = self.tokens_a_step / totals[1].clamp(min=1)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.gradient_norm.copy_(torch.nn.utils.get_total_norm(gradients) * scale)
+        if gradient_clip_val:
+            scale = scale * (gradient_clip_val / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of one optimizer step over all ranks, counted or not."""
+        return self.tokens_a_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def training_figures(self) -> dict[str, float]:
+        """The mean loss since the last call, and the last gradient norm. The one place where training waits for them."""
+        nll, tokens, norm = torch.cat((self.interval_sums, self.gradient_norm[None])).tolist()
+        self.interval_sums.zero_()
+        return {"train/loss": nll / max(tokens, 1.0), "train/gradient_norm": norm}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits = self.logits(batch["tokens"])
+        nll = self.token_nll(logits, batch["targets"])
+        self.validation.update(nll, logits.argmax(dim=-1), batch["targets"], batch["loss_mask"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.figures = figures = {f"val/{name}": value for name, value in self.validation.compute().items()}
+        self.validation.reset()
+        self.log_dict(figures, logger=False)  # for callbacks that monitor; the record follows, at the optimizer step
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(parameter_groups(self.model))
+        schedule = LambdaLR(optimizer, lambda step: self.schedule(step, self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, state: dict[str, Any]) -> None:
+        state[checkpoint.OWN_KEY] = checkpoint.describe(self.model.config, self.tokenizer)
+        state[checkpoint.OWN_KEY]["interval_sums"] = self.interval_sums.clone()
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        self.interval_sums.copy_(state[checkpoint.OWN_KEY]["interval_sums"])

@@ -1,0 +1,97 @@
+"""What the tests share: a small text, a small model, and running doors in this process or in another."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+# A run that takes a second: a two-layer network on bytes, without compiling.
+SMALL = (
+    *("trainer=cpu", "trainer.precision=32-true", "compile=false", "tokenizer=byte", "logger=csv"),
+    *("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=16", "data.batch_size=4"),
+    *("samples.every_steps=null", "validation.every_steps=null", "log.every_steps=1", "schedule.warmup_steps=2"),
+)
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Text with something to learn: sentences of a small vocabulary."""
+    rng = random.Random(seed)
+    vocabulary = "the a cat dog bird sees hears likes old young quick red blue house tree and or runs sleeps".split()
+    sentences = []
+    while words > 0:
+        length = rng.randint(4, 9)
+        sentences.append(" ".join(rng.choices(vocabulary, k=length)).capitalize() + ".")
+        words -= length
+    return "\n".join(sentences) + "\n"
+
+
+@pytest.fixture(scope="session")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(_session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run in a folder of their own, with a cache of the session, and see no data of this machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTLAB_CACHE_DIR", str(_session_cache))
+    monkeypatch.delenv("GPTLAB_DATA_DIR", raising=False)
+    monkeypatch.delenv("GPTLAB_DEBUG", raising=False)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(prose(800))
+    return path
+
+
+def compose(*overrides: str, config_name: str = "train") -> dict:
+    """The plain config that the command line `overrides` makes."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from gptlab import config
+
+    config.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        return config.plain(hydra_compose(config_name, list(overrides)))
+
+
+@pytest.fixture
+def train(text_file: Path) -> Callable[..., int]:
+    """Train in this process: `train(run_dir, *overrides)` gives the exit code."""
+
+    def run(run_dir: Path, *overrides: str) -> int:
+        from gptlab import config, doors
+        from gptlab.train import train as train_door
+
+        doors.quiet()
+        cfg = compose(*SMALL, f"data.files={text_file}", *overrides)
+        config.check_targets(cfg, config.trusted(cfg))
+        keys = {doors.strip_key(override) for override in overrides}
+        if cfg["resume"] is None:
+            cfg["run_dir"] = str(run_dir)
+        return train_door(cfg, keys, "test")
+
+    return run
+
+
+def door(*arguments: str, cwd: Path | None = None, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    """Run `python -m gptlab.<arguments>` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", f"gptlab.{arguments[0]}", *arguments[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | env,
+        check=False,
+    )

@@ -1,0 +1,177 @@
+"""A run that is interrupted and resumed is the run that was not: losses, samples and weights, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, door
+
+STEPS = 13  # an epoch has 5 of them
+RUN = (
+    *("model.dropout=0.3", "trainer.accumulate_grad_batches=2", f"trainer.max_steps={STEPS}", "data.batch_size=30"),
+    *("validation.every_steps=4", "samples.every_steps=3", "samples.max_tokens=20", "log.every_steps=2"),
+    *("checkpoint.every_steps=1", "checkpoint.keep_last=100"),
+)
+
+
+def rows(run: Path) -> list[str]:
+    """metrics.csv without what depends on the clock."""
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    timed = {header.split(",").index(name) for name in ("seconds", "train/tokens_per_second", "train/mfu")}
+    return [",".join(v for i, v in enumerate(line.split(",")) if i not in timed) for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
+    for key in ("status", "steps", "epochs", "train_tokens", "train_loss", "val_loss", "best_val_loss", "best_step", "alerts"):
+        assert results[0][key] == results[1][key], key
+    histories = [[{k: h[k] for k in ("step", "epoch", "train_loss", "val_loss")} for h in r["history"]] for r in results]
+    assert histories[0] == histories[1]
+
+
+def interrupted_at(run: Path, step: int, into: Path) -> Path:
+    """The run folder as a kill -9 just after the save at `step` would have left it, with later rows in its files."""
+    shutil.copytree(run, into)
+    shutil.copy(into / f"checkpoints/step-{step:08d}.ckpt", into / "checkpoints/last.ckpt")
+    (into / "result.json").unlink()
+    (into / "status.json").write_text(json.dumps({"status": "running", "step": step, "pid": 2**22 + 1}))
+    return into
+
+
+@pytest.fixture(scope="module", params=["adamw cosine", "muon wsd two workers"])
+def variant(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    if request.param == "adamw cosine":
+        return ()
+    return ("optimizer=muon", "schedule=wsd", "data.num_workers=2", "model=tiny", "model.n_layer=1", "model.n_embd=16")
+
+
+def test_resume_from_every_step_equals_uninterrupted(train, tmp_path, variant):
+    whole = tmp_path / "whole"
+    assert train(whole, *RUN, *variant) == 0
+    assert len(list((whole / "checkpoints").glob("step-*.ckpt"))) == STEPS
+    steps = range(1, STEPS) if not variant else (3, 5, 8, 10)
+    for step in steps:
+        part = interrupted_at(whole, step, tmp_path / f"part-{step}")
+        assert train(part, f"resume={part}", "seed=77") == 0
+        assert_same_run(whole, part)
+
+
+def test_resume_extends_a_finished_run(train, tmp_path):
+    """With a schedule that does not look at the end, stopping at 6 and going on to 13 is running to 13."""
+    options = (*RUN, "schedule=constant")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(whole, *options) == 0
+    assert train(part, *options, "trainer.max_steps=8") == 0
+    assert json.loads((part / "status.json").read_text())["status"] == "completed"
+    assert train(part, f"resume={part}", f"trainer.max_steps={STEPS}") == 0
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(part)[name]), name
+
+
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=3") == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("train.log", "status.json")}
+    assert train(run, f"resume={run}") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resume_of_a_run_without_checkpoint_starts_at_step_0(train, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(whole, *RUN, "trainer.max_steps=4") == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints")
+    assert train(part, f"resume={part}") == 0
+    assert_same_run(whole, part)
+
+
+def test_resume_auto_finds_the_unfinished_run_of_this_config_or_starts_one(train, tmp_path):
+    whole = tmp_path / "whole"
+    assert train(whole, *RUN) == 0
+    part = interrupted_at(whole, 6, tmp_path / "runs/2026-01-01/00-00-00-test")
+    other = tmp_path / "runs/2026-01-01/00-00-01-other"
+    assert train(other, *RUN, "optimizer.lr=0.01") == 0
+    (other / "status.json").write_text(json.dumps({"status": "interrupted", "step": 3, "pid": 1}))
+    assert train(part, *RUN, "resume=auto") == 0
+    assert_same_run(whole, part)
+    assert train(tmp_path / "x", *RUN, "resume=auto", "optimizer.lr=0.5", "trainer.max_steps=2") == 0
+    assert len([path for path in (tmp_path / "runs").glob("*/*") if path.is_dir()]) == 3
+
+
+def test_damaged_last_checkpoint_falls_back_to_an_older_valid_one(train, tmp_path):
+    whole = tmp_path / "whole"
+    assert train(whole, *RUN) == 0
+    part = interrupted_at(whole, 6, tmp_path / "part")
+    for file in (part / "checkpoints").glob("step-*.ckpt"):
+        if file.name > "step-00000005.ckpt":
+            file.unlink()
+    (part / "checkpoints/best.ckpt").unlink()
+    (part / "checkpoints/last.ckpt").write_bytes((part / "checkpoints/last.ckpt").read_bytes()[:5000])
+    assert train(part, f"resume={part}") == 0
+    assert_same_run(whole, part)
+
+
+def test_other_overrides_than_the_free_ones_are_refused_with_both_values(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    with pytest.raises(ValueError, match=r"optimizer.lr: the run has 0.001, the command line 0.5"):
+        train(run, f"resume={run}", "optimizer.lr=0.5")
+    with pytest.raises(ValueError, match="model.n_layer"):
+        train(run, f"resume={run}", "model.n_layer=3")
+
+
+def test_changed_data_is_refused_naming_both_fingerprints(train, tmp_path, text_file, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    text_file.write_text(text_file.read_text() + "More text.\n")
+    assert train(run, f"resume={run}", "trainer.max_steps=4") == 2
+    message = capsys.readouterr().err
+    fingerprint = json.loads((run / "result.json").read_text())["fingerprints"]["data"]
+    assert message.count("fingerprint") >= 1
+    assert fingerprint in message or "fingerprint" in message
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_signals_save_and_exit_and_the_run_resumes_exactly(train, tmp_path, text_file, signum, code):
+    options = (*SMALL, f"data.files={text_file}", *RUN, "trainer.max_steps=2000", "checkpoint.every_steps=500")
+    options = (*options, "samples.every_steps=1000", "validation.every_steps=500", "checkpoint.keep_last=0")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptlab.train", *options, f"run_dir={part}"], stdout=subprocess.PIPE, text=True
+    )
+    while not (part / "metrics.csv").exists() or len((part / "metrics.csv").read_text().splitlines()) < 10:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert output.splitlines()[-1] == f"run: {part}"
+    status = json.loads((part / "status.json").read_text())
+    assert status["status"] == "interrupted"
+    assert json.loads((part / "result.json").read_text())["status"] == "interrupted"
+    at = torch.load(part / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert at == status["step"] < 2000
+
+    end = at + 7
+    resumed = door("train", f"resume={part}", f"trainer.max_steps={end}")
+    assert resumed.returncode == 0, resumed.stderr
+    whole_run = door("train", *options, f"run_dir={whole}", f"trainer.max_steps={end}", "schedule=cosine")
+    assert whole_run.returncode == 0, whole_run.stderr
+    assert os.path.getsize(whole / "metrics.csv") > 0
+    assert [row.split(",")[0] for row in rows(whole)] == [row.split(",")[0] for row in rows(part)]

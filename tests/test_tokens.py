@@ -1,0 +1,354 @@
+"""Tokens on disk: they are the text, split; built once, whatever else runs or dies; and never half there."""
+
+import errno
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptlab.data import tokens
+from gptlab.data.corpus import Document, Files, Source
+from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare, report
+from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
+
+fork = multiprocessing.get_context("fork")  # a child starts with this module's patches, and in no time
+ALPHABET = "abcdefghij"
+
+
+def number(i: int) -> str:
+    """A word that stands for `i` and is no part of another."""
+    return "<" + "".join(ALPHABET[int(digit)] for digit in str(i)) + ">"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Writes n files of numbered words that occur once, and returns them as a source."""
+
+    def write(n_files: int, words: int = 40) -> Files:
+        folder = tmp_path / f"corpus-{n_files}"
+        folder.mkdir(exist_ok=True)
+        for i in range(n_files):
+            (folder / f"{i:04}.txt").write_text("\u00e9\n" + "".join(number(i * words + j) + " " for j in range(words)))
+        return Files(f"{folder}/*.txt")
+
+    return write
+
+
+def build(source: Source, cache: Path, build_tokenizer=ByteTokenizer.train, **changes):
+    return prepare(source, build_tokenizer, **{"validation_fraction": 0.1, "cache": cache} | changes)
+
+
+def texts(file: TokenFile, tokenizer) -> list[str]:
+    ids = file[:]
+    assert ids[-1] == EOS_ID
+    ends = np.flatnonzero(ids == EOS_ID)
+    return [tokenizer.decode(piece[piece != EOS_ID]) for piece in np.split(ids, ends[:-1] + 1)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", [ByteTokenizer, CharTokenizer])
+@pytest.mark.parametrize("n_files", [1, 3, 120])
+def test_the_files_are_the_source_and_no_word_is_on_both_sides(corpus, tmp_path, kind, n_files):
+    source = corpus(n_files)
+    prepared = build(source, tmp_path, kind.train)
+    train, validation = (texts(file, prepared.tokenizer) for file in (prepared.train, prepared.validation))
+    whole = [document.text for document in source.documents()]
+    if n_files == 120:
+        assert sorted(train + validation) == sorted(whole)
+        assert not set(train) & set(validation)
+    else:
+        assert [a + b for a, b in zip(train, validation, strict=True)] == whole
+    words = [{number(i) for i in range(40 * n_files)} & set("".join(side).split()) for side in (train, validation)]
+    assert words[0]
+    assert words[1]
+    assert not words[0] & words[1]
+
+
+def test_meta_tells_what_is_in_the_files(corpus, tmp_path):
+    source = corpus(3)
+    prepared = build(source, tmp_path)
+    meta = json.loads((prepared.folder / "meta.json").read_text())
+    assert meta == prepared.meta
+    assert sum(split["bytes"] for split in meta["splits"].values()) == sum(
+        len(d.text.encode()) for d in source.documents()
+    )
+    for side, file in (("train", prepared.train), ("validation", prepared.validation)):
+        split = meta["splits"][side]
+        assert split["documents"] == 3
+        assert split["tokens"] == len(file) == split["bytes"] + 3  # one for each byte, and three ends
+        assert split["sha256"] == tokens.sha256_of_file(file.path)
+        assert split["coverage"] == 1
+    assert meta["dtype"] == "<u2"
+    assert meta["split"] == {"rule": "tail", "fraction": 0.1}
+    assert meta["tokenizer_fingerprint"] == ByteTokenizer().fingerprint
+    assert meta["eos_id"] == EOS_ID
+    assert [Path(file["path"]) for file in meta["files"]["source"]] == source.paths()
+
+
+def test_the_tokenizer_learns_from_training_text_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 90 + "z" * 10)
+    prepared = build(Files(f"{tmp_path}/a.txt"), tmp_path, CharTokenizer.train)
+    assert prepared.tokenizer.characters == "a"
+    assert prepared.meta["splits"]["train"]["coverage"] == 1
+    assert prepared.meta["splits"]["validation"]["coverage"] == 0
+
+
+def test_a_sentencepiece_tokenizer_is_trained_with_its_settings_and_kept(corpus, tmp_path, monkeypatch):
+    settings = {"vocab_size": 320, "model_type": "bpe", "character_coverage": 1.0, "max_train_bytes": 10**6}
+    trained = functools.partial(SentencePieceTokenizer.train, **settings)
+    first = build(corpus(3), tmp_path, trained)
+    assert first.tokenizer.vocab_size == 320
+    larger = build(corpus(3), tmp_path, functools.partial(trained, vocab_size=330))
+    assert larger.tokenizer.vocab_size == 330
+    monkeypatch.setattr(SentencePieceTokenizer, "train", None)
+    assert build(corpus(3), tmp_path, trained).folder == first.folder
+
+
+def test_a_given_tokenizer_is_used_as_it_is(corpus, tmp_path):
+    CharTokenizer("<>a").save(tmp_path / "mine")
+    prepared = build(corpus(1), tmp_path, None, tokenizer_path=tmp_path / "mine")
+    assert prepared.tokenizer.characters == "<>a"
+    assert prepared.meta["splits"]["train"]["coverage"] < 1
+    assert build(corpus(1), tmp_path, prepared.tokenizer).folder == prepared.folder
+    with pytest.raises(ValueError, match=r"data has no tokenizer"):
+        build(corpus(1), tmp_path, None)
+
+
+def test_validation_files_leave_all_of_the_source_for_training(corpus, tmp_path):
+    (tmp_path / "held-out.txt").write_text("held out")
+    source, validation = corpus(3), Files(f"{tmp_path}/held-out.txt")
+    prepared = build(source, tmp_path, validation_source=validation)
+    assert texts(prepared.train, prepared.tokenizer) == [document.text for document in source.documents()]
+    assert texts(prepared.validation, prepared.tokenizer) == ["held out"]
+    assert prepared.meta["split"] == {"rule": "source", "fraction": None}
+    with pytest.raises(ValueError, match=r"0001.txt is validation text, and the same as .*0001.txt"):
+        build(source, tmp_path, validation_source=Files(str(source.paths()[1])))
+
+
+class Numbers(Source):
+    """A source of its own making: documents that the file's bytes do not tell alone."""
+
+    def __init__(self, path: Path, upper: bool = False):
+        self.path, self.upper = path, upper
+
+    def paths(self):
+        return [self.path]
+
+    def read(self, path):
+        yield Document("numbers", path.read_text().upper() if self.upper else path.read_text())
+
+    @property
+    def settings(self):
+        return {"upper": self.upper}
+
+
+def test_the_cache_knows_what_changes_the_tokens(corpus, tmp_path):
+    source = corpus(3)
+    path = source.paths()[0]
+    folder = build(source, tmp_path).folder
+    assert build(corpus(3), tmp_path).folder == folder
+    others = [
+        build(source, tmp_path, CharTokenizer.train).folder,
+        build(source, tmp_path, validation_fraction=0.2).folder,
+        build(Files([str(p) for p in source.paths()[::-1]]), tmp_path).folder,
+        build(Numbers(path), tmp_path).folder,
+        build(Numbers(path, upper=True), tmp_path).folder,
+        build(Files(str(path)), tmp_path).folder,
+    ]
+    path.write_text(path.read_text().replace("<a>", "<x>"))
+    others.append(build(source, tmp_path).folder)
+    assert len({folder, *others}) == 1 + len(others)
+    path.write_text(path.read_text().replace("<x>", "<a>"))
+    moved = tmp_path / "moved"
+    source.paths()[0].parent.rename(moved)
+    assert build(Files(f"{moved}/*.txt"), tmp_path).folder == folder  # the bytes count, not where they are
+
+
+def test_fingerprint_is_of_the_tokens_and_their_meaning(corpus, tmp_path):
+    first = build(corpus(3), tmp_path / "one")
+    assert build(corpus(3), tmp_path / "two").fingerprint == first.fingerprint
+    assert open_prepared(first.folder).fingerprint == first.fingerprint
+    assert build(corpus(3), tmp_path / "one", validation_fraction=0.2).fingerprint != first.fingerprint
+    assert build(corpus(3), tmp_path / "one", CharTokenizer.train).fingerprint != first.fingerprint
+
+
+def test_a_side_without_text_is_an_error_with_a_remedy(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"no text is left for validation: data.validation_fraction=1e-09 .* raise it"):
+        build(corpus(120), tmp_path, validation_fraction=1e-9)
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"no text is left for train: .* lower it"):
+        build(Files(f"{tmp_path}/a.txt"), tmp_path, CharTokenizer.train)
+    assert not [path for path in tmp_path.glob("tokens/*") if path.is_dir()]
+
+
+def in_processes(n: int, *arguments) -> list[int]:
+    children = [fork.Process(target=build, args=arguments) for _ in range(n)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    return [child.exitcode for child in children]
+
+
+def test_of_four_builders_at_once_one_builds(corpus, tmp_path, monkeypatch):
+    whole = tokens._build
+
+    def counted(folder, *arguments):
+        with open(tmp_path / "builds", "a") as file:
+            file.write("built\n")
+        whole(folder, *arguments)
+
+    monkeypatch.setattr(tokens, "_build", counted)
+    source = corpus(120)
+    assert in_processes(4, source, tmp_path / "four") == [0, 0, 0, 0]
+    assert (tmp_path / "builds").read_text() == "built\n"
+    alone, four = build(source, tmp_path / "one"), build(source, tmp_path / "four")
+    assert contents(alone.folder) == contents(four.folder)
+
+
+@pytest.mark.parametrize("place", ["in the text", "before the meta file"])
+def test_a_killed_build_is_begun_again_and_gives_the_same_bytes(corpus, tmp_path, caplog, place):
+    source = corpus(120)
+    alone = build(source, tmp_path / "one")
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "in the text":
+            add = tokens._Writer.add
+            patch.setattr(tokens._Writer, "add", lambda self, text: die() if self.documents == 20 else add(self, text))
+        else:
+            patch.setattr(tokens, "write_json", die)
+        assert in_processes(1, source, tmp_path / "killed") == [-signal.SIGKILL]
+    (folder,) = (path for path in (tmp_path / "killed" / "tokens").iterdir() if path.is_dir())
+    assert (folder / "train.bin").exists()
+    (folder / ".meta.json.tmp.123").write_text("{")  # as if it had died in that very write
+    with pytest.raises(ValueError, match=r"no complete prepared data .* prepare it again"):
+        open_prepared(folder)
+    again = build(source, tmp_path / "killed")
+    assert again.folder == folder
+    assert contents(again.folder) == contents(alone.folder)
+    assert "unfinished" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "validation.bin", "meta.json", "tokenizer/gptlab_tokenizer.json"])
+@pytest.mark.parametrize("how", ["missing", "short"])
+def test_a_damaged_cache_is_rebuilt_with_a_warning(corpus, tmp_path, caplog, damage, how):
+    source = corpus(2)
+    prepared = build(source, tmp_path)
+    before = contents(prepared.folder)
+    caplog.clear()
+    build(source, tmp_path)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    path = prepared.folder / damage
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert build(source, tmp_path).folder == prepared.folder
+    assert contents(prepared.folder) == before
+    assert "building anew what is damaged" in caplog.text
+
+
+def test_a_damaged_tokenizer_is_trained_again(corpus, tmp_path):
+    prepared = build(corpus(2), tmp_path, CharTokenizer.train)
+    (folder,) = (path for path in (tmp_path / "tokenizers").iterdir() if path.is_dir())
+    (folder / "gptlab_tokenizer.json").write_text("{")
+    assert build(corpus(2), tmp_path, CharTokenizer.train).folder == prepared.folder
+    assert load_tokenizer(folder).fingerprint == prepared.tokenizer.fingerprint
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens.os, "fsync", full)
+        with pytest.raises(OSError, match=r"no space for .*tokens.*; free some space, or set GPTLAB_CACHE_DIR"):
+            build(corpus(2), tmp_path)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 100)
+    monkeypatch.setattr(tokens.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"no space for .*the tokens need about .* set GPTLAB_CACHE_DIR"):
+        build(corpus(2), tmp_path)
+    assert not [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*file/tokenizers .* set GPTLAB_CACHE_DIR"):
+        build(corpus(1), tmp_path / "file")
+
+
+def write_ids(path: Path, ids, dtype: str = "<u2") -> TokenFile:
+    np.asarray(ids, dtype=dtype).tofile(path)
+    return TokenFile(path, dtype, len(ids))
+
+
+def test_token_file_reads_what_was_written(tmp_path):
+    ids = np.arange(65536)
+    for dtype in ("<u2", "<u4"):
+        file = write_ids(tmp_path / dtype[1:], ids, dtype)
+        assert len(file) == 65536
+        assert type(file[5:9]) is np.ndarray
+        np.testing.assert_array_equal(file[:], ids)
+        np.testing.assert_array_equal(file[np.array([[7, 3], [65535, 0]])], [[7, 3], [65535, 0]])
+    with pytest.raises(ValueError, match=r"read-only"):
+        file[:][0] = 1
+
+
+def test_token_file_of_another_size_is_refused(tmp_path):
+    write_ids(tmp_path / "train.bin", range(10))
+    with pytest.raises(ValueError, match=r"train.bin should hold 22 bytes and holds 20; delete its folder"):
+        TokenFile(tmp_path / "train.bin", "<u2", 11)
+    with pytest.raises(ValueError, match=r"none.bin should hold 22 bytes and holds no"):
+        TokenFile(tmp_path / "none.bin", "<u2", 11)
+
+
+def test_token_file_travels_to_workers_without_its_tokens(tmp_path):
+    file = write_ids(tmp_path / "train.bin", range(50000))
+    assert file[49999] == 49999
+    content = pickle.dumps(file)
+    assert len(content) < 1000
+    assert pickle.loads(content)[49999] == 49999
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(8, 8), (8, 4), (7, 3), (100, 1), (10_000, 5)])
+def test_report_counts_windows_as_they_fall(corpus, tmp_path, block_size, stride):
+    prepared = build(corpus(3), tmp_path)
+    rows = report(prepared, block_size, stride)
+    n = len(prepared.train)
+    starts = [start for start in range(0, n, stride) if start + block_size + 1 <= n]
+    assert rows["train"]["windows"] == len(starts)
+    assert rows["train"]["dropped_tokens"] == (n - (starts[-1] + block_size + 1) if starts else n)
+    assert rows["validation"]["windows"] == len(range(0, len(prepared.validation) - 1, block_size))
+    assert rows["validation"]["dropped_tokens"] == 0
+    assert rows["train"]["bytes_per_token"] == pytest.approx(rows["train"]["bytes"] / n)
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    characters = "".join(map(chr, [*range(0x4E00, 0xD800), *range(0xE000, 0xFFFF), *range(0x10000, 0x1A000)]))
+    CharTokenizer(characters).save(tmp_path / "wide")
+    (tmp_path / "a.txt").write_text(characters[-100:], encoding="utf-8")
+    prepared = build(Files(f"{tmp_path}/a.txt"), tmp_path, None, tokenizer_path=tmp_path / "wide")
+    assert prepared.meta["dtype"] == "<u4"
+    assert prepared.train[0] == N_SPECIAL + len(characters) - 100
+    assert "".join(texts(prepared.train, prepared.tokenizer)) == characters[-100:-10]
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTLAB_CACHE_DIR", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("GPTLAB_CACHE_DIR")
+    assert cache_dir() == Path.home() / ".cache" / "gptlab"
