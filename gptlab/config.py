@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -163,9 +164,9 @@ def value_faults(target: Any, node: dict[str, Any]) -> Iterator[str]:
 
 
 def nearest(word: str, known: Any) -> str:
-    """", did you mean ...?" for the likeliest of the known words, or nothing."""
+    """", did you mean ...?" for the likeliest of the known words, or a full stop."""
     close = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f", did you mean {close[0]!r}?" if close else "."
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -187,20 +188,19 @@ def explain(error: BaseException, config_name: str = "train") -> str | None:
         cause = cause.__cause__ or cause.__context__
     if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
         return None
-    lines = [line for link in chain[:2] for line in str(link).strip().splitlines() if line.strip()]
-    lines = list(dict.fromkeys(line for line in lines if "reference_type" not in line and "object_type" not in line))
-    unknown = [line.split("'")[1] for line in lines if line.startswith(("Key '", "Could not override '")) and "'" in line]
-    wrong_key = next((line.split("full_key: ")[1] for line in lines if "full_key: " in line), None) or next(iter(unknown), None)
-    if wrong_key and ("is not in struct" in " ".join(lines) or "not in '" in " ".join(lines)):
-        return f"{wrong_key}: there is no such key{nearest(wrong_key, known_keys(config_name))}"
-    missing = next((line for line in lines if line.startswith("Could not find '")), None)
-    if missing and "/" in missing.split("'")[1]:
-        group, _, word = missing.split("'")[1].rpartition("/")
+    said = "\n".join(str(link) for link in chain)
+    if match := re.search(r"[Cc]ould not find '([^']+)/([^'/]+)'", said):
+        group, word = match.groups()
         words = words_of(group)
         return f"{group}={word}: there is no such word{nearest(word, words)} Known: {', '.join(words)}"
-    if "Could not find" in lines[0] or "Could not override" in lines[0]:
-        return f"{lines[0]}{nearest(lines[0].split(chr(39))[1].split('@')[0], [*known_keys(config_name), *groups()])}"
-    return "\n".join(lines[:6])
+    if match := re.search(r"Could not override '([^'@]+)", said):
+        key = match[1]
+        return f"{key}: there is no such key{nearest(key, [*known_keys(config_name), *groups()])}"
+    if match := re.search(r"Key '([^']+)' (?:is )?not in '\w+'(?:.|\n)*?full_key: (\S+)", said):
+        return f"{match[2]}: there is no such key{nearest(match[2], known_keys(config_name))}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("reference_type", "object_type"))]
+    return "\n".join(list(dict.fromkeys(lines))[:6])
 
 
 def known_keys(config_name: str) -> list[str]:

@@ -71,13 +71,12 @@ class GPTConfig:
         counts = ("vocab_size", "vocab_multiple", "block_size", "n_layer", "n_head", "n_embd", *optional)
         low = [name for name in counts if (getattr(self, name) or 0) < 1]
         faults = [f"model.{name}={getattr(self, name)} must be at least 1" for name in low]
-        if "n_head" in low or "n_embd" in low:
-            pass  # nothing can be divided
-        elif self.n_embd % self.n_head:
-            near = round(self.n_embd / self.n_head) * self.n_head or self.n_head
-            faults.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; {near} is")
-        elif self.positions == "rope" and self.head_width % 2:
-            faults.append(f"model.positions=rope needs an even head width, n_embd / n_head is {self.head_width}")
+        if not {"n_head", "n_embd"} & set(low):
+            if self.n_embd % self.n_head:
+                near = round(self.n_embd / self.n_head) * self.n_head or self.n_head
+                faults.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; {near} is")
+            elif self.positions == "rope" and self.head_width % 2:
+                faults.append(f"model.positions=rope needs an even head width, n_embd / n_head is {self.head_width}")
         if not {"n_head", "n_kv_head"} & set(low) and self.n_head % self.kv_heads:
             faults.append(f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}")
         if self.positions not in ("rope", "learned"):

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+# The networks here are small: a second thread costs more than it brings, here and in the processes started from here.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parent.parent
 # A run that takes a second: a two-layer network on bytes, without compiling.
 SMALL = (

@@ -1,0 +1,178 @@
+"""Every config composes, every wrong word is named with the right one, and the floors hold."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, compose, door
+
+from gptlab import config, manual
+
+GROUPS = sorted(path.name for path in (REPOSITORY / "conf").iterdir() if path.is_dir())
+WORDS = [(group, path.stem) for group in GROUPS for path in sorted((REPOSITORY / "conf" / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "word"), WORDS)
+def test_every_word_composes_and_fits_its_class(group, word):
+    config.check_targets(compose(f"{group}={word}"), ())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_has_a_note(name):
+    config.check_targets(compose(f"experiments={name}"), ())
+    note = (REPOSITORY / "experiments" / name / "README.md").read_text()
+    assert f"experiments={name}" in note
+
+
+def test_experiments_change_only_what_they_name():
+    """An override on the command line still wins over an experiment, and over a stage."""
+    cfg = compose("experiments=shakespeare_cpu", "stage=pretrain", "model.n_embd=64", "optimizer.lr=0.5")
+    assert (cfg["model"]["n_embd"], cfg["optimizer"]["lr"], cfg["model"]["n_layer"]) == (64, 0.5, 4)
+
+
+def test_early_stopping_is_a_word_alone_and_in_a_list():
+    for override in ("callbacks=early_stopping", "callbacks=[early_stopping]"):
+        assert set(compose(override)["callbacks"]) == {"early_stopping"}
+    assert compose()["callbacks"] == {}
+
+
+def test_max_epochs_lifts_the_default_number_of_steps():
+    assert compose()["trainer"]["max_steps"] > 0
+    assert compose("trainer.max_epochs=3")["trainer"]["max_steps"] == -1
+    assert compose("trainer.max_epochs=3", "trainer.max_steps=7")["trainer"]["max_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("modle.n_layer=3", ("modle.n_layer", "'model.n_layer'")),
+        ("model.n_layers=3", ("model.n_layers", "'model.n_layer'")),
+        ("seeed=3", ("seeed", "'seed'")),
+        ("optimizer.learning_rate=1", ("optimizer.learning_rate",)),
+        ("model=tinny", ("model=tinny", "'tiny'", "small")),
+        ("experiments=shakespere", ("experiments=shakespere", "'shakespeare_cpu'")),
+        ("modell=tiny", ("modell", "'model'")),
+        ("model.n_layer=four", ("n_layer", "four")),
+        ("seed=one", ("seed", "one")),
+        ("optimizer.lr=fast", ("optimizer.lr", "fast", "float")),
+        ("trainer.max_steps=[1]", ("trainer.max_steps", "[1]")),
+        ("trainer.precision=17", ("trainer.precision", "17")),
+        ("data.batch_size=many", ("batch_size", "many")),
+        ("checkpoint.every_steps=often", ("checkpoint.every_steps", "often")),
+        ("+trainer.max_stepz=3", ("trainer.max_stepz", "'max_steps'")),
+        ("optimizer._target_=os.system", ("optimizer._target_", "os.system", "trust=os")),
+        ("model.n_layer=", ("n_layer",)),
+        ("nonsense", ("nonsense",)),
+    ],
+)
+def test_wrong_words_and_values_are_named_before_anything_loads(override, says, tmp_path, capsys, monkeypatch):
+    import gptlab.train
+    from gptlab import assembly
+
+    monkeypatch.setattr("sys.argv", ["train.py", override])
+    monkeypatch.setattr(assembly, "build_data", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(SystemExit) as exit_:
+        gptlab.train.main()
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) <= 15
+    assert "Traceback" not in message
+    for word in says:
+        assert word in message, message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_every_word_and_every_key(capsys):
+    page = manual.manual("train")
+    for group, word in WORDS:
+        if group != "schema":
+            assert f"{group}=" in page
+            assert f"  {word} " in page, word
+    for key in config.flat(compose()):
+        if "_target_" in key or "_partial_" in key or key.startswith(("data.source", "samples.prompts[")):
+            continue
+        assert f"{key}=" in page, key
+    for name in EXPERIMENTS:
+        assert name in page
+
+
+def test_every_key_of_the_root_and_the_schemas_is_explained():
+    unexplained = [row for row in manual.keys_of((REPOSITORY / "conf/train.yaml").read_text()) if not row[40:].strip()]
+    assert unexplained == []
+
+
+def test_version_and_help_as_commands(tmp_path):
+    import gptlab
+
+    assert door("train", "--version", cwd=tmp_path).stdout.strip() == f"gptlab {gptlab.__version__}"
+    assert "optimizer.lr=" in door("train", "--help", cwd=tmp_path).stdout
+
+
+# The floors: imports only point down. See the table at the end of the README.
+FLOORS = {
+    0: "names model cache tokenizer losses optim cost",
+    1: "engine checkpoint run data.corpus data.sources data.tokens data.windows",
+    2: "data.module tasks.lm tasks.metrics callbacks.steps callbacks.saving callbacks.record callbacks.watching",
+    3: "manual config assembly doors outcome resume sweep train prepare __main__",
+}
+MAY_IMPORT = {
+    0: {"torch", "sentencepiece", "numpy"},
+    1: {"torch", "numpy", "filelock", "pooch"},
+    2: {"torch", "numpy", "lightning", "torchmetrics"},
+    3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard"},
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+
+
+def imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "gptlab").rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_only_point_down(path):
+    import sys
+
+    if path.name == "__init__.py":
+        assert not any(name.startswith("gptlab") for name in imports_of(path))
+        return
+    name = ".".join(path.relative_to(REPOSITORY / "gptlab").with_suffix("").parts)
+    floor = FLOOR_OF[name]
+    for imported in imports_of(path):
+        top = imported.split(".")[0]
+        assert top != "experiments", imported
+        if top == "gptlab":
+            own = imported.removeprefix("gptlab.")
+            known = [module for module in FLOOR_OF if own == module or own.startswith(f"{module}.")]
+            assert all(FLOOR_OF[module] <= floor for module in known), imported
+        elif top not in sys.stdlib_module_names:
+            assert top in MAY_IMPORT[floor], f"{name} imports {imported}"
+
+
+def test_no_circle_of_imports():
+    edges = {}
+    for path in (REPOSITORY / "gptlab").rglob("*.py"):
+        name = ".".join(path.relative_to(REPOSITORY / "gptlab").with_suffix("").parts)
+        own = {imported.removeprefix("gptlab.") for imported in imports_of(path) if imported.startswith("gptlab.")}
+        edges[name] = {module for module in FLOOR_OF if any(o == module or o.startswith(f"{module}.") for o in own)}
+    reached = {name: set(below) for name, below in edges.items()}
+    for middle, start in itertools.product(edges, edges):
+        if middle in reached[start]:
+            reached[start] |= reached[middle]
+    assert [name for name, below in reached.items() if name in below] == []
+
+
+def test_yaml_files_are_small():
+    for path in (REPOSITORY / "conf").rglob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 55, path
+        yaml.safe_load(path.read_text())

@@ -1,0 +1,226 @@
+"""Parameter groups, the optimizer that shares its state between two, and schedules."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from gptlab.model import GPT, GPTConfig
+from gptlab.optim import Muon, constant, cosine, linear, parameter_groups, wsd
+
+SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "betas": (0.8, 0.95), "eps": 1e-7}
+GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
+
+
+def build(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"vocab_size": 64, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes))
+
+
+def named_kinds(model: nn.Module) -> dict[str, str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["kind"] for group in parameter_groups(model) for p in group["params"]}
+
+
+# Parameter groups
+
+
+@pytest.mark.parametrize("changes", [{}, GPT2, {"tie_embeddings": False}, {"n_kv_head": 1}], ids=str)
+def test_every_parameter_is_in_one_group(changes):
+    model = build(**changes)
+    grouped = [id(p) for group in parameter_groups(model) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_kinds():
+    kinds = named_kinds(build(**GPT2, tie_embeddings=False))
+    tables = {"embed.weight", "position.weight", "head.weight"}
+    for name, kind in kinds.items():
+        if name in tables:
+            assert kind == "embedding"
+        else:
+            assert kind == ("vector" if name.endswith("bias") or "norm" in name else "matrix")
+    assert tables <= set(kinds)
+
+
+def test_a_tied_head_is_there_once():
+    kinds = named_kinds(build())
+    assert kinds["embed.weight"] == "embedding"
+    assert [kind for kind in kinds.values() if kind == "embedding"] == ["embedding"]
+
+
+def test_vectors_are_not_decayed():
+    model = build(**GPT2)
+    groups = parameter_groups(model)
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    decays = {group["kind"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"matrix": 0.5, "embedding": 0.5, "vector": 0.0}
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without a gradient, decay is all there is
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old * (0.95 if new.ndim == 2 else 1.0))
+
+
+def test_frozen_parameters_are_left_out():
+    model = build()
+    model.embed.requires_grad_(False)
+    assert {group["kind"] for group in parameter_groups(model)} == {"matrix", "vector"}
+
+
+# Muon
+
+
+def train(model: GPT, *optimizers, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        tokens = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        model(tokens).log_softmax(dim=-1)[..., 0].mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_muon_is_the_muon_and_adamw_of_torch():
+    ours = build()
+    theirs = copy.deepcopy(ours)
+    groups = {group["kind"]: group for group in parameter_groups(theirs)}
+    muon = torch.optim.Muon(
+        groups["matrix"]["params"], lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    rest = [{"params": groups["embedding"]["params"]}, {"params": groups["vector"]["params"], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-7, fused=True)
+    start = copy.deepcopy(ours)
+    train(ours, Muon(parameter_groups(ours), **SETTINGS), steps=5)
+    train(theirs, muon, adamw, steps=5)
+    assert_same_weights(ours, theirs)
+    for (name, before), after in zip(start.named_parameters(), ours.parameters(), strict=True):
+        assert not torch.equal(before, after), name
+
+
+def test_muon_continues_from_a_file_bit_for_bit():
+    model = build()
+    optimizer = Muon(parameter_groups(model), **SETTINGS)
+    train(model, optimizer, steps=3)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, steps=3, first=3)
+
+    again = build()
+    restored = Muon(parameter_groups(again), **SETTINGS | {"lr": 1.0})  # the file's settings win
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    restored.load_state_dict(saved["optimizer"])
+    train(again, restored, steps=3, first=3)
+    assert_same_weights(model, again)
+    state, state_again = optimizer.state_dict()["state"], restored.state_dict()["state"]
+    assert len(state) == len(list(model.parameters()))
+    for key, entry in state.items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(state_again[key][name]))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_schedule_reaches_both_halves_of_muon(restored):
+    model = build()
+    optimizer = Muon(parameter_groups(model), **SETTINGS)
+    schedule = LambdaLR(optimizer, lambda step: float(step == 1))
+    if restored:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = copy.deepcopy(model)
+    train(model, optimizer, steps=1)  # factor 0
+    assert_same_weights(before, model)
+    schedule.step()
+    train(model, optimizer, steps=1)  # factor 1
+    for (name, old), new in zip(before.named_parameters(), model.parameters(), strict=True):
+        assert not torch.equal(old, new), name
+
+
+def test_muon_runs_a_closure_once_and_gives_back_its_loss():
+    model = build()
+    optimizer = Muon(parameter_groups(model), **SETTINGS)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(torch.zeros(1, 4, dtype=torch.long)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert len(calls) == 1
+
+
+def test_muon_without_matrices_is_an_error():
+    groups = [group for group in parameter_groups(build()) if group["kind"] != "matrix"]
+    with pytest.raises(ValueError, match="optimizer=adamw"):
+        Muon(groups, **SETTINGS)
+
+
+# Schedules
+
+
+def test_values_by_hand():
+    """100 steps, 10 of warmup, down to a tenth."""
+    for schedule in (linear, cosine):
+        values = [schedule(step, 100, 10, 0.1) for step in range(100)]
+        assert values[0] == pytest.approx(1 / 11)
+        assert values[9] == pytest.approx(10 / 11)
+        assert values[10] == 1
+        assert values[99] == pytest.approx(0.1)
+        assert schedule(10_000, 100, 10, 0.1) == pytest.approx(0.1)  # and stays there
+    assert linear(45, 100, 10, 0.1) == pytest.approx(1 - 0.9 * 35 / 89)
+    assert cosine(45, 100, 10, 0.1) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 35 / 89)) / 2)
+    values = [wsd(step, 100, 10, 0.2, 0.1) for step in range(100)]
+    assert values[0] == pytest.approx(1 / 11)
+    assert set(values[10:80]) == {1}  # the stable part
+    assert values[80:] == pytest.approx([1 - 0.9 * n / 20 for n in range(1, 21)])  # the last fifth
+    assert [wsd(step, 5, 0, 0.2, 0.0) for step in range(5)] == [1, 1, 1, 1, 0]  # one step of decay
+    assert [constant(step, 100, 3) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+sizes = {
+    "total_steps": st.integers(1, 300),
+    "warmup_steps": st.integers(0, 320),
+    "final_factor": st.floats(0, 1),
+    "decay_fraction": st.floats(0, 1),
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(**sizes)
+def test_schedules_stay_within_bounds(total_steps, warmup_steps, final_factor, decay_fraction):
+    schedules = {
+        "constant": lambda step: constant(step, total_steps, warmup_steps),
+        "linear": lambda step: linear(step, total_steps, warmup_steps, final_factor),
+        "cosine": lambda step: cosine(step, total_steps, warmup_steps, final_factor),
+        "wsd": lambda step: wsd(step, total_steps, warmup_steps, decay_fraction, final_factor),
+    }
+    decay_steps = decay_fraction * total_steps
+    for name, schedule in schedules.items():
+        values = [schedule(step) for step in range(total_steps)]
+        assert min(values) >= 0, name
+        assert max(values) <= 1, name
+        after = values[warmup_steps:]
+        assert all(b <= a + 1e-12 for a, b in itertools.pairwise(after)), name
+        if name in ("linear", "cosine") and warmup_steps < total_steps - 1:
+            assert after[0] == 1
+            assert after[-1] == pytest.approx(final_factor)
+        if name == "wsd" and warmup_steps < total_steps:
+            assert set(values[warmup_steps : math.floor(total_steps - decay_steps)]) <= {1.0}
+            if decay_steps >= 1:  # however few they are, the last one gets there
+                assert after[-1] == pytest.approx(final_factor)
