@@ -55,7 +55,9 @@ def build_model(cfg: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     if node.vocab_size is None:
         node.vocab_size = known
     if node.vocab_size < known:
-        raise ValueError(f"model.vocab_size={node.vocab_size} is less than the tokenizer's {known} tokens; leave it null")
+        raise ValueError(
+            f"model.vocab_size={node.vocab_size} is less than the tokenizer's {known} tokens; leave it null"
+        )
     torch.manual_seed(cfg["seed"])  # so that no reading of data before this changes the weights
     return GPT(node, config.trusted(cfg))
 
@@ -64,8 +66,10 @@ def describe_cost(node: GPTConfig, batch_size: int, precision: str, trust: tuple
     """One line on the size of a network, found without allocating it."""
     figures = cost.estimate(node, batch_size, bf16=precision.startswith("bf16"), trust=trust)
     return (
-        f"{figures.parameters / 1e6:.2f} M parameters ({figures.parameters_non_embedding / 1e6:.2f} M without embeddings), "
-        f"{figures.flops_per_token / 1e6:.3g} MFLOPs a trained token, about {figures.memory_bytes / 2**30:.2g} GiB to train"
+        f"{figures.parameters / 1e6:.2f} M parameters "
+        f"({figures.parameters_non_embedding / 1e6:.2f} M without embeddings), "
+        f"{figures.flops_per_token / 1e6:.3g} MFLOPs a trained token, "
+        f"about {figures.memory_bytes / 2**30:.2g} GiB to train"
     )
 
 
@@ -116,7 +120,9 @@ def steps_to_train(node: dict[str, Any], steps_an_epoch: int) -> int:
     if (epochs := node["max_epochs"]) not in (None, -1):
         limits.append(epochs * steps_an_epoch)
     if not limits:
-        raise ValueError("nothing ends this run: give trainer.max_steps or trainer.max_epochs (max_time may end it sooner)")
+        raise ValueError(
+            "nothing ends this run: give trainer.max_steps or trainer.max_epochs (max_time may end it sooner)"
+        )
     if min(limits) < 1:
         raise ValueError(f"trainer.max_steps={steps}, trainer.max_epochs={epochs}: must be at least 1")
     return min(limits)
@@ -228,16 +234,17 @@ def start_weights(
         if name in free and name in model_keys:
             continue
         if name in model_keys and merged[name] != value:
-            raise ValueError(f"model.{name}={merged[name]} contradicts init_from={path}, where it is {value}; leave it out")
+            raise ValueError(
+                f"model.{name}={merged[name]} contradicts init_from={path}, where it is {value}; leave it out"
+            )
         merged[name] = value
     tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
     if cfg["tokenizer"].get("path"):
         given = load_tokenizer(cfg["tokenizer"]["path"], config.trusted(cfg))
         if given.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights know "
-                f"only their own ({given.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
+                f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights "
+                f"know only their own ({given.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
             )
     record = {"checkpoint": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return cfg | {"model": merged}, parent, tokenizer, record
-

@@ -61,7 +61,9 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         write_atomically(path, write)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; no checkpoint was written, an older one is as it was", str(path)) from error
+        raise OSError(
+            error.errno, f"{error.strerror}; no checkpoint was written, an older one is as it was", str(path)
+        ) from error
 
 
 def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -79,7 +81,9 @@ def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if own is None:
         raise ValueError(f"{path}: a torch file, but no checkpoint of gptlab: it has no {OWN_KEY!r} entry")
     if own["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {own['format']}, this gptlab reads {FORMAT}; use the gptlab it came from")
+        raise ValueError(
+            f"{path}: checkpoint format {own['format']}, this gptlab reads {FORMAT}; use the gptlab it came from"
+        )
     return checkpoint
 
 
@@ -117,7 +121,7 @@ def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]
 
 
 def find(run: Path, which: str = "best") -> Path:
-    """The checkpoint file that RUN means: RUN itself, or in a run folder best.ckpt if there is one, otherwise last.ckpt."""
+    """The checkpoint file that RUN means: RUN itself, or in a run folder best.ckpt if there is one, else last.ckpt."""
     if run.is_file():
         return run
     if not run.exists():

@@ -28,7 +28,8 @@ from gptlab.names import OWN_PACKAGES
 
 PACKAGE = Path(__file__).parent
 # Packages whose classes a config may name without `trust`: our own, and the parts of torch and Lightning that runs use.
-TRUSTED_TARGETS = tuple(f"{package}." for package in OWN_PACKAGES) + (
+TRUSTED_TARGETS = (
+    *(f"{package}." for package in OWN_PACKAGES),
     *("torch.optim.", "lightning.pytorch.Trainer", "lightning.pytorch.callbacks."),
     *("lightning.pytorch.loggers.", "lightning.pytorch.strategies."),
 )
@@ -128,7 +129,9 @@ def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     for path, node in targets(config):
         name = node["_target_"]
         if not name.startswith(TRUSTED_TARGETS + tuple(f"{package}." for package in trust)):
-            faults.append(f"{path}._target_={name!r}: allow it, if you trust that code, with trust={name.split('.')[0]}")
+            faults.append(
+                f"{path}._target_={name!r}: allow it, if you trust that code, with trust={name.split('.')[0]}"
+            )
             continue
         try:
             target = get_object(name)
@@ -164,7 +167,7 @@ def value_faults(target: Any, node: dict[str, Any]) -> Iterator[str]:
 
 
 def nearest(word: str, known: Any) -> str:
-    """", did you mean ...?" for the likeliest of the known words, or a full stop."""
+    """ ", did you mean ...?" for the likeliest of the known words, or a full stop."""
     close = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else "."
 
@@ -219,7 +222,7 @@ def known_keys(config_name: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir()) + ["experiments"]
+    return [*sorted(path.name for path in conf_dir().iterdir() if path.is_dir()), "experiments"]
 
 
 def words_of(group: str) -> list[str]:

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gptlab.losses import token_nll
 from gptlab.model import GPT, GPTConfig
 
-# Dense bf16 peaks in TFLOP/s, from the makers' data sheets (the figures with sparsity are twice these). The longest name
-# that is part of the device's own name counts. Desktop and laptop cards share names and not speeds, so they are left out.
+# Dense bf16 peaks in TFLOP/s, from the makers' data sheets (the figures with sparsity are twice these). The longest
+# name that is part of the device's own counts. Desktop and laptop cards share names and not speeds: they are left out.
 PEAK_TFLOPS = {
     "A10": 125.0,
     "A10G": 70.0,

@@ -92,7 +92,7 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Whether a user can mend it: our own ValueErrors, files that cannot be used, and what Lightning refuses to set up."""
+    """Whether a user can mend it: our own ValueErrors, files that cannot be used, what Lightning refuses to set up."""
     mendable = isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
     return mendable and not isinstance(error, UnicodeError)
 
@@ -108,7 +108,9 @@ def report(error: BaseException, before_first_step: bool) -> int:
     if explained or (before_first_step and is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT
-    message = str(error) if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: {error}"
+    message = (
+        str(error) if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: {error}"
+    )
     fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")
     return FAILED
 
@@ -133,7 +135,7 @@ def run_name() -> str:
 
 
 def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -> None:
-    """Compose the config `name` from the command line, act on it, and exit. A sweep acts on each job in its own process."""
+    """Compose the config `name` from the command line, act on it, and exit. Each job of a sweep is its own process."""
     if manual.answer(name, sys.argv[1:]):
         return
     quiet()

@@ -1,4 +1,4 @@
-"""Generation: cached decoding of one or several prompts, sampled from the logits. Shapes: B batch, T time, V vocabulary."""
+"""Generation: cached decoding of a prompt, sampled from the logits. Shapes: B batch, T time, V vocabulary."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def generate(
     seed: int,
     stop_id: int | None = None,
 ) -> list[int]:
-    """The ids that follow `prompt` (T,), up to and without `stop_id`. Same seed, same ids; torch's own seed is not touched.
+    """The ids that follow `prompt` (T,), up to and without `stop_id`. Same seed, same ids; torch's own is not touched.
 
     When the context is full, it goes on with its newer half.
     """

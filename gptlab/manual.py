@@ -42,7 +42,12 @@ def answer(door: str, arguments: list[str]) -> bool:
 def manual(door: str) -> str:
     """The whole page: what the door does, its keys, and every word of every group with the keys that come with it."""
     root = (conf_dir() / f"{door}.yaml").read_text()
-    lines = [first_comment(root), "", "key=value sets a key, group=word takes a whole config. Keys, with their defaults:", ""]
+    lines = [
+        first_comment(root),
+        "",
+        "key=value sets a key, group=word takes a whole config. Keys, with their defaults:",
+        "",
+    ]
     lines += list(keys_of(root))
     for group in SHOWN[door]:
         lines += ["", f"{group}=", *words(group)]

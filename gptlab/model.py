@@ -145,8 +145,11 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E), normalised and turned to their positions."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2).split(
-            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1
+        q, k, v = (
+            self.qkv(x)
+            .view(B, T, -1, self.head_width)
+            .transpose(1, 2)
+            .split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -227,7 +230,7 @@ def load_parts(config: GPTConfig, trust: tuple[str, ...]) -> dict[str, Any]:
 
 
 class GPT(nn.Module):
-    """Tokens in, logits out. `trust` names packages, besides gptlab and experiments, whose classes a config may name."""
+    """Tokens in, logits out. `trust`: packages, besides gptlab and experiments, whose classes the config may name."""
 
     def __init__(self, config: GPTConfig, trust: tuple[str, ...] = ()):
         super().__init__()
@@ -263,8 +266,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of `tokens` (B, T).
 
-        `positions` (B, T) default to 0, 1, ... after what `cache` holds. With `document_ids` (B, T), tokens look only at
-        tokens of their own document.
+        `positions` (B, T) default to 0, 1, ... after what `cache` holds. With `document_ids` (B, T), tokens look
+        only at tokens of their own document.
         """
         x = self.hidden(tokens, positions, document_ids, cache)
         weight = self.embed.weight if self.head is None else self.head.weight
@@ -300,7 +303,7 @@ class GPT(nn.Module):
 
 
 def attention_mask(T: int, start: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-    """Where T queries, `start` tokens into the context, may look: (B or 1, 1, T, start + T), or None for plain causal."""
+    """Where T queries, `start` tokens into the context, may look: (B or 1, 1, T, start + T); None is plain causal."""
     if document_ids is None and (start == 0 or T == 1):
         return None
     causal = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)[None, None]

@@ -27,7 +27,9 @@ def load_class(name: str, base: type, trust: tuple[str, ...] = ()) -> type:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise  # the module exists; something that it imports does not
-        raise ValueError(f"{name!r}: there is no module {error.name!r} here; is the folder that holds it current?") from error
+        raise ValueError(
+            f"{name!r}: there is no module {error.name!r} here; is the folder that holds it current?"
+        ) from error
     except AttributeError as error:
         raise ValueError(f"{name!r}: module {module_name!r} has no {attribute!r}") from error
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -60,7 +60,9 @@ class Outcome:
             status, message = "failed", str(doors.root_of(error))
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
             self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():  # a full disk is said already
+        with (
+            contextlib.suppress(OSError) if error is not None else contextlib.nullcontext()
+        ):  # a full disk is said already
             self._leave(status, message)
         return True
 

@@ -30,7 +30,9 @@ def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
     }.items():
         table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
     doors.show(table)
-    doors.say(f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation")
+    doors.say(
+        f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
+    )
     doors.say(f"tokens: {prepared.folder}")
     return 0
 

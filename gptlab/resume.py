@@ -11,7 +11,14 @@ from gptlab.run import RunFolder, unfinished_runs
 
 # What may differ from the run as it began: where it runs, when it stops, and what is watched how often.
 FREE = (
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.max_steps", "trainer.max_epochs", "max_time"),
+    *(
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.accelerator",
+        "trainer.max_steps",
+        "trainer.max_epochs",
+        "max_time",
+    ),
     *("logger", "validation.every_steps", "checkpoint.every_steps", "checkpoint.every_epochs", "samples.every_steps"),
     *("log.every_steps", "trust"),
 )
@@ -51,7 +58,9 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
         if not folder.config.is_file():
             return None
         if not same_run(saved_config(folder), cfg):
-            raise ValueError(f"resume=auto: run_dir={folder.path} holds a run of another config; choose another run_dir")
+            raise ValueError(
+                f"resume=auto: run_dir={folder.path} holds a run of another config; choose another run_dir"
+            )
     else:
         candidates = (run for run in unfinished_runs(Path("runs")) if run.config.is_file())
         found = next((run for run in candidates if same_run(saved_config(run), cfg)), None)
@@ -81,7 +90,9 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     return None
 
 
-def resumed_config(saved: dict[str, Any], composed: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], bool]:
+def resumed_config(
+    saved: dict[str, Any], composed: dict[str, Any], overridden: set[str]
+) -> tuple[dict[str, Any], bool]:
     """The run's own config with the overrides that it allows; and whether `seed` was given and ignored.
 
     `composed` is what the command line makes, `overridden` the keys that it names. Raises ValueError with every other
@@ -103,7 +114,7 @@ def resumed_config(saved: dict[str, Any], composed: dict[str, Any], overridden: 
             faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r}")
     if faults:
         raise ValueError(
-            "a resumed run keeps its config; leave these overrides out, or start a new run (init_from takes over weights):\n"
+            "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
             + "\n".join(faults[:10])
         )
     content = OmegaConf.to_container(config)

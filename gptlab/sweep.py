@@ -27,7 +27,9 @@ def run_job(door: str) -> None:
     folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, overrides)
     print(f"job {hydra_config.job.num}: {' '.join(overrides)}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={folder}"], process_group=0)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={folder}"], process_group=0
+    )
     # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
     handlers = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in FORWARDED}
     try:

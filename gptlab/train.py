@@ -92,7 +92,8 @@ def describe_data(data: TextDataModule) -> str:
     """One line on the text that a run is about to see."""
     train, validation = (data.prepared.meta["splits"][side] for side in ("train", "validation"))
     return (
-        f"{train['tokens']:,} training tokens of {train['documents']:,} documents in {len(data.train_windows):,} windows, "
+        f"{train['tokens']:,} training tokens of {train['documents']:,} documents "
+        f"in {len(data.train_windows):,} windows, "
         f"{validation['tokens']:,} validation tokens; vocabulary {data.tokenizer.vocab_size:,}"
     )
 

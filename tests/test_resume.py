@@ -38,9 +38,21 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(other)[name]), name
     results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
-    for key in ("status", "steps", "epochs", "train_tokens", "train_loss", "val_loss", "best_val_loss", "best_step", "alerts"):
+    for key in (
+        "status",
+        "steps",
+        "epochs",
+        "train_tokens",
+        "train_loss",
+        "val_loss",
+        "best_val_loss",
+        "best_step",
+        "alerts",
+    ):
         assert results[0][key] == results[1][key], key
-    histories = [[{k: h[k] for k in ("step", "epoch", "train_loss", "val_loss")} for h in r["history"]] for r in results]
+    histories = [
+        [{k: h[k] for k in ("step", "epoch", "train_loss", "val_loss")} for h in r["history"]] for r in results
+    ]
     assert histories[0] == histories[1]
 
 
@@ -86,7 +98,11 @@ def test_resume_extends_a_finished_run(train, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=3") == 0
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("train.log", "status.json")}
+    before = {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in ("train.log", "status.json")
+    }
     assert train(run, f"resume={run}") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before

@@ -10,7 +10,7 @@ WINDOW = 32  # tokens that a query sees, itself included
 
 
 class SlidingWindowAttention(Attention):
-    """Causal attention over the last WINDOW tokens in every layer but the last, which sees all (Beltagy et al. 2020)."""
+    """Causal attention over the last WINDOW tokens in all layers but the last, which sees all (Beltagy et al. 2020)."""
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)

@@ -30,7 +30,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class RandomState(Callback):
-    """Keeps every random generator in the checkpoint, and sets them again just before the first batch of a resumed run."""
+    """Keeps every random generator in the checkpoint, and sets it again just before the first batch of a resumed run."""
 
     def __init__(self) -> None:
         self._restore: dict[str, Any] | None = None
@@ -130,16 +130,16 @@ class Checkpoints(StepCallback):
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
 
-class NotFinite(ArithmeticError):
+class NotFiniteError(ArithmeticError):
     """The loss or the gradients became NaN or infinite."""
 
 
 def require_finite(task: LightningModule) -> None:
-    """Raise NotFinite unless the sums of the loss and the last gradient norm are numbers."""
+    """Raise NotFiniteError unless the sums of the loss and the last gradient norm are numbers."""
     if not bool(torch.isfinite(task.interval_sums).all() & torch.isfinite(task.gradient_norm)):
-        raise NotFinite(
-            f"the loss or its gradient is NaN or infinite at step {task.trainer.global_step}; the last good checkpoint is "
-            "kept. Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
+        raise NotFiniteError(
+            f"the loss or its gradient is NaN or infinite at step {task.trainer.global_step}; the last good checkpoint "
+            "is kept. Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
             "trainer.precision=32-true"
         )
 

@@ -1,4 +1,4 @@
-"""Callbacks count in optimizer steps: the hook they share, the end of training, signals, and compiling before the clock."""
+"""The hook of callbacks that count optimizer steps, the end of training, signals, and compiling before the clock."""
 
 import logging
 import signal
@@ -154,7 +154,9 @@ class CompileAhead(Callback):
             if self.must:
                 raise
             reason = str(error).strip().splitlines()[0]
-            log.warning("compiling failed (%s): going on without; compile=true shows why, compile=false skips this", reason)
+            log.warning(
+                "compiling failed (%s): going on without; compile=true shows why, compile=false skips this", reason
+            )
             task.set_compile(False)
         task.zero_grad()
         task.step_sums.zero_()

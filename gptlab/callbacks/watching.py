@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ class Alerts(StepCallback):
             return  # nothing was logged at this step
         uniform = math.log(task.model.config.vocab_size)
         if step >= 300 and loss > 0.95 * uniform:
-            advice = "a higher optimizer.lr, or check that data and tokenizer hold what you think (python -m gptlab.prepare)"
+            advice = (
+                "a higher optimizer.lr, or check that data and tokenizer hold what you think (python -m gptlab.prepare)"
+            )
             self._alert(step, "stuck", f"train/loss {loss:.2f} is still near ln V = {uniform:.2f}", advice)
         if len(self.losses) >= self.HISTORY // 2:
             usual, usual_norm = statistics.median(self.losses), statistics.median(self.norms)
@@ -155,7 +158,7 @@ class Alerts(StepCallback):
             return
         self.validations = [*self.validations, [train, val]][-4:]
         trains, vals = zip(*self.validations, strict=True)
-        if len(vals) == 4 and all(a < b for a, b in zip(vals, vals[1:], strict=False)) and trains[-1] < trains[0]:
+        if len(vals) == 4 and all(a < b for a, b in pairwise(vals)) and trains[-1] < trains[0]:
             message = f"val/loss rose from {vals[0]:.3f} to {vals[-1]:.3f} while train/loss fell to {train:.3f}"
             advice = "model.dropout=0.1, more text, fewer trainer.max_steps, or callbacks=early_stopping"
             self._alert(trainer.global_step, "overfitting", message, advice)

@@ -58,7 +58,9 @@ class TextDataModule(LightningDataModule):
         self.prepared = prepare(
             self.source,
             self.build_tokenizer,
-            validation_source=None if held_out is None else Files(held_out, strip_gutenberg=self.config.strip_gutenberg),
+            validation_source=None
+            if held_out is None
+            else Files(held_out, strip_gutenberg=self.config.strip_gutenberg),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
         )
@@ -72,8 +74,8 @@ class TextDataModule(LightningDataModule):
         self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
         if not len(self.train_windows):
             raise ValueError(
-                f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} takes "
-                f"{self.block_size + 1}: lower model.block_size, or add text"
+                f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} "
+                f"takes {self.block_size + 1}: lower model.block_size, or add text"
             )
         if not len(self.validation_windows):
             raise ValueError(

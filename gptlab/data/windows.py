@@ -143,9 +143,9 @@ def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class WindowLoader(DataLoader):
-    """A sized loader whose position is plain numbers, the same on every rank, and of a batch that was really trained on.
+    """A sized loader whose position is two numbers, the same on every rank, and of a batch that was really trained on.
 
-    `progress` tells how many micro-batches of the epoch have been processed: what a worker has fetched ahead does not count.
+    `progress` tells how many micro-batches of the epoch are processed: what a worker has fetched ahead does not count.
     """
 
     def __init__(self, dataset: WindowDataset, order: TrainingOrder | ScoringOrder, num_workers: int, pin_memory: bool):

@@ -21,7 +21,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer
 
 
 class LMTask(LightningModule):
-    """Next-token prediction over (tokens, targets, loss_mask) batches; which tokens the mask keeps is the data's affair.
+    """Next-token prediction over (tokens, targets, loss_mask) batches; what the mask keeps is the data's affair.
 
     `optimizer` makes an optimizer of parameter groups; `schedule(step, total_steps)` is a factor of its learning rate.
     """
@@ -100,7 +100,7 @@ class LMTask(LightningModule):
         return self.tokens_a_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def training_figures(self) -> dict[str, float]:
-        """The mean loss since the last call, and the last gradient norm. The one place where training waits for them."""
+        """The mean loss since the last call, and the last gradient norm: where training waits for the device."""
         nll, tokens, norm = torch.cat((self.interval_sums, self.gradient_norm[None])).tolist()
         self.interval_sums.zero_()
         return {"train/loss": nll / max(tokens, 1.0), "train/gradient_norm": norm}
