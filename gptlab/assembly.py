@@ -19,12 +19,45 @@ from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
 from gptlab.callbacks.watching import Alerts, ConsoleLines, Samples
 from gptlab.data.module import TextDataModule
+from gptlab.data.module import check as check_data
 from gptlab.model import GPT, GPTConfig
+from gptlab.optim import parameter_groups
 from gptlab.run import RunFolder
 from gptlab.tasks.lm import LMTask
 from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 
 log = logging.getLogger("gptlab")
+
+
+def check(cfg: dict[str, Any], folder: RunFolder) -> None:
+    """Raise ValueError for what is wrong in the config alone, before a folder is made or any text is read."""
+    require_device(cfg["trainer"]["accelerator"])
+    wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
+    faults = []
+    if cfg["documents"] not in ("joined", "separate"):
+        faults.append(f"documents={cfg['documents']!r} is none of joined, separate")
+    for node in ("optimizer", "schedule"):
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            if (value := cfg[node].get(name)) is not None and value < 0:
+                faults.append(f"{node}.{name}={value} must be 0 or more")
+    if (accumulate := cfg["trainer"]["accumulate_grad_batches"]) < 1:
+        faults.append(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
+    if cfg["max_time"] is not None and cfg["max_time"] <= 0:
+        faults.append(f"max_time={cfg['max_time']} must be more than 0 seconds, or null for no such budget")
+    try:
+        smallest = GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2)
+        config.make(cfg["optimizer"])(parameter_groups(GPT(smallest)))
+    except ValueError as error:
+        faults.append(f"optimizer: {error}")
+    if cfg["init_from"] is None:  # else the network is the parent's
+        model = config.model_config(cfg["model"])
+        model.vocab_size = 1 if model.vocab_size is None else model.vocab_size
+        faults += model.faults()
+    if faults:
+        raise ValueError("; ".join(faults))
+    check_data(config.data_config(cfg["data"]))
+    validation_intervals(cfg)
+    Watchers(cfg, folder, steps_to_train(cfg["trainer"], 1))
 
 
 def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:
@@ -95,12 +128,6 @@ def wants_compile(word: Any, accelerator: str) -> bool:
 
 
 def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:
-    if cfg["documents"] not in ("joined", "separate"):
-        raise ValueError(f"documents={cfg['documents']!r} is none of joined, separate")
-    for node in ("optimizer", "schedule"):
-        for name in ("lr", "weight_decay", "warmup_steps"):
-            if (value := cfg[node].get(name)) is not None and value < 0:
-                raise ValueError(f"{node}.{name}={value} must be 0 or more")
     return config.make(cfg["task"])(
         model=model,
         tokenizer=tokenizer,
@@ -186,15 +213,9 @@ def build_trainer(
     require_device(node["accelerator"])
     if node["precision"] == "auto":
         node["precision"] = "bf16-mixed" if has_bf16(node["accelerator"]) else "32-true"
-    every = cfg["validation"]["every_steps"]
-    if every is not None and every < 1:
-        raise ValueError(f"validation.every_steps={every} must be at least 1, or null for once an epoch")
-    validation = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
-    if every is not None:
-        validation = {"val_check_interval": every * node["accumulate_grad_batches"], "check_val_every_n_epoch": None}
     node |= {"_partial_": True, "max_epochs": -1, "max_steps": -1}  # the budget ends the run, after a last validation
     return config.make(node)(
-        **validation,
+        **validation_intervals(cfg),
         callbacks=watchers.callbacks(on_terminal),
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
@@ -207,6 +228,17 @@ def build_trainer(
         use_distributed_sampler=False,  # the data module's order knows the ranks
         inference_mode=False,  # validation shares compiled graphs with training
     )
+
+
+def validation_intervals(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's arguments for `validation.every_steps`; it counts micro-batches."""
+    every = cfg["validation"]["every_steps"]
+    if every is None:
+        return {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    if every < 1:
+        raise ValueError(f"validation.every_steps={every} must be at least 1, or null for once an epoch")
+    accumulate = cfg["trainer"]["accumulate_grad_batches"]
+    return {"val_check_interval": every * accumulate, "check_val_every_n_epoch": None}
 
 
 def require_device(accelerator: str) -> None:

@@ -34,8 +34,8 @@ class Muon(torch.optim.Optimizer):
     """torch's Muon for the matrices of the blocks and AdamW for all the rest, behind one optimizer.
 
     Muon's update is scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025, section 2.2), so that one
-    learning rate and one decay serve both. The two share this optimizer's groups and state: a schedule reaches both, and a
-    checkpoint holds both.
+    learning rate and one decay serve both. The two share this optimizer's groups and state: a schedule reaches both,
+    and a checkpoint holds both.
     """
 
     def __init__(

@@ -27,6 +27,9 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
+NOT_BEGUN = {".lock", "checkpoints", "status.json", "train.log"}  # all that a run which failed before it began leaves
+
+
 class RunFolder:
     """A folder that belongs to one process at a time, from `acquire` to `release`."""
 
@@ -57,7 +60,9 @@ class RunFolder:
     def acquire(self, resume: bool) -> None:
         """Become the folder's owner. Raises ValueError if it has one, or holds files that a new run would mix with."""
         held = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
-        if not resume and (held := [name for name in held if name != ".lock"]):
+        has_begun = not NOT_BEGUN.issuperset(held) or any(self.checkpoints.glob("*"))
+        if not resume and has_begun:
+            held = [name for name in held if name != ".lock"]
             raise ValueError(
                 f"run_dir={self.path} is not empty (it holds {', '.join(held[:3])}); "
                 f"choose another, or continue that run with resume={self.path}"

@@ -37,6 +37,7 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
     else:
         folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
     config.check_targets(cfg, config.trusted(cfg))
+    assembly.check(cfg, folder)
     folder.acquire(resume=found is not None)
     try:
         return run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)

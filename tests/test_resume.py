@@ -148,7 +148,7 @@ def test_other_overrides_than_the_free_ones_are_refused_with_both_values(train, 
     assert train(run, "trainer.max_steps=2") == 0
     with pytest.raises(ValueError, match=r"optimizer.lr: the run has 0.001, the command line 0.5"):
         train(run, f"resume={run}", "optimizer.lr=0.5")
-    with pytest.raises(ValueError, match="model.n_layer"):
+    with pytest.raises(ValueError, match=r"model\.n_layer"):
         train(run, f"resume={run}", "model.n_layer=3")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from torch.optim import Optimizer
 
 from gptlab.callbacks.saving import require_finite
 from gptlab.callbacks.steps import Budget, StepCallback
@@ -91,6 +92,7 @@ class Monitor(StepCallback):
         self.figures: dict[str, float | None] = {}
         self.rates: list[float] = []  # tokens a second of each interval without a validation
         self.first_step_at: float | None = None
+        self.learning_rate: float | None = None  # of the last step; the optimizer holds that of the next one by now
         self._mark: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
@@ -99,6 +101,9 @@ class Monitor(StepCallback):
         if self.peak is None and task.device.type == "cuda":
             self.peak = peak_tflops(torch.cuda.get_device_name(task.device))
         self._mark = (time.perf_counter(), trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+        self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         if self.first_step_at is None:
@@ -118,7 +123,7 @@ class Monitor(StepCallback):
             if self.peak is not None:
                 self.figures["train/mfu"] = rate * self._flops / (self.peak * 1e12 * trainer.world_size)
         self._mark = (now, step)
-        self.figures["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.figures["train/learning_rate"] = self.learning_rate
         logged = {"epoch": trainer.current_epoch, "seconds": round(self.budget.seconds, 3), **self.figures}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
@@ -199,7 +204,7 @@ class RunRecord(StepCallback):
                 "seconds": round(self.budget.seconds, 3),
                 "train_loss": finite(self.monitor.figures.get("train/loss")),
                 "val_loss": finite(figures.get("val/loss")),
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "learning_rate": self.monitor.learning_rate,
                 "tokens_per_second": finite(self.monitor.figures.get("train/tokens_per_second")),
             }
         )

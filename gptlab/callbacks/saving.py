@@ -30,7 +30,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class RandomState(Callback):
-    """Keeps every random generator in the checkpoint, and sets it again just before the first batch of a resumed run."""
+    """Keeps every random generator in the checkpoint, and sets it again before the first batch of a resumed run."""
 
     def __init__(self) -> None:
         self._restore: dict[str, Any] | None = None

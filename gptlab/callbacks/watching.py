@@ -71,6 +71,9 @@ class Samples(StepCallback):
             raise ValueError(f"samples.every_steps={every_steps} must be at least 1, or null for never")
         if temperature < 0:
             raise ValueError(f"samples.temperature={temperature} must be 0 (greedy) or more")
+        for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"samples.{name}={value} must be at least 1")
         self.every_steps, self.prompts = every_steps, list(prompts)
         self.max_tokens, self.temperature, self.top_k, self.seed = max_tokens, temperature, top_k, seed
         self.path = Path("samples.jsonl")  # set by the door that knows the run folder

@@ -43,10 +43,9 @@ class LMTask(LightningModule):
         self.set_compile(compile)
         token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
         self.validation = TokenMetrics(token_bytes)
-        # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked.
-        self.register_buffer("step_sums", torch.zeros(2), persistent=False)
-        self.register_buffer("interval_sums", torch.zeros(2), persistent=False)
-        self.register_buffer("gradient_norm", torch.zeros(()), persistent=False)
+        # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked; no buffers, which
+        # trainer.precision=bf16-true would round to 8 bits.
+        self.step_sums, self.interval_sums, self.gradient_norm = torch.zeros(2), torch.zeros(2), torch.zeros(())
         self.figures: dict[str, float] = {}  # of the last validation, in float64, where Lightning keeps float32
         self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
 
@@ -58,6 +57,10 @@ class LMTask(LightningModule):
             self.model.compile()
         else:
             self.model._compiled_call_impl = None
+
+    def on_fit_start(self) -> None:
+        for name in ("step_sums", "interval_sums", "gradient_norm"):
+            setattr(self, name, getattr(self, name).to(self.device))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T, V), each token seeing all before it in the row, or in its document."""

@@ -1,6 +1,7 @@
 """Figures over a whole validation split, the same for any batch size and number of ranks."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ class TokenMetrics(Metric):
         self.token_bytes = token_bytes
         for name in ("nll", "tokens", "correct", "text_bytes"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "TokenMetrics":
+        """Go where the task goes, but stay float64: trainer.precision=bf16-true would round the sums to 8 bits."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
     def update(self, nll: Tensor, predictions: Tensor, targets: Tensor, loss_mask: Tensor) -> None:
         """Add a batch: nll in nats, predicted and true ids, and which of them count, all (B, T)."""

@@ -1,0 +1,264 @@
+"""How a batch becomes a step and a validation split becomes four figures: against naive loops, by a plain Trainer."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import prose
+from torch.utils.data import DataLoader
+
+from gptlab.callbacks.saving import Checkpoints
+from gptlab.callbacks.steps import Budget, CompileAhead
+from gptlab.data.module import DataConfig, TextDataModule
+from gptlab.model import GPT, GPTConfig
+from gptlab.optim import Muon, constant
+from gptlab.tasks.lm import LMTask
+from gptlab.tokenizer import ByteTokenizer, CharTokenizer
+
+V = ByteTokenizer().vocab_size
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+MUON = partial(Muon, lr=1e-3, weight_decay=0.1, momentum=0.95, betas=(0.9, 0.95), eps=1e-8)
+FLAT = partial(constant, warmup_steps=0)
+
+
+def make_task(optimizer=ADAMW, tokenizer=None, seed: int = 0, kind=LMTask, **options) -> LMTask:
+    torch.manual_seed(seed)
+    tokenizer = tokenizer or ByteTokenizer()
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32, block_size=16))
+    return kind(model, tokenizer, optimizer, FLAT, total_steps=100, **options)
+
+
+def make_trainer(steps: int = 1, **options) -> lightning.Trainer:
+    options = {"accelerator": "cpu", "max_steps": steps, "use_distributed_sampler": False, "logger": False} | options
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(**quiet, **options)
+
+
+def ragged(batches: int, size: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches in which from none to all of a row's tokens count."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V, (batches * size, 17), generator=generator)
+    kept = torch.arange(batches * size)[:, None] * 16 // (batches * size - 1)
+    mask = torch.arange(16)[None] < kept
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
+    return [{name: rows[name][i * size : (i + 1) * size] for name in rows} for i in range(batches)]
+
+
+def loader(batches: list[dict[str, torch.Tensor]]) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def text_data(path: Path, batch_size: int = 4, tokenizer=None, **options) -> TextDataModule:
+    config = DataConfig(files=str(path), batch_size=batch_size, **options)
+    return TextDataModule(config, None, tokenizer or ByteTokenizer(), block_size=16, seed=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_gradient_is_the_mean_over_tokens_that_count_however_they_are_cut_into_micro_batches(count):
+    task = make_task(partial(torch.optim.SGD, lr=1.0))
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    (whole,) = ragged(1, 8)
+    nll = F.cross_entropy(task.model(whole["tokens"]).transpose(1, 2), whole["targets"], reduction="none")
+    (nll * whole["loss_mask"]).sum().div(whole["loss_mask"].sum()).backward()
+    naive = {name: p.grad.clone() for name, p in task.model.named_parameters()}
+    task.zero_grad()
+    make_trainer(accumulate_grad_batches=count).fit(task, loader(ragged(count, 8 // count)))
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(before[name] - parameter.detach(), naive[name], atol=1e-6, rtol=0)
+    loss = float((nll * whole["loss_mask"]).sum() / whole["loss_mask"].sum())
+    assert task.training_figures()["train/loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_step_without_any_token_that_counts_changes_nothing_and_is_finite():
+    task = make_task(partial(torch.optim.SGD, lr=1.0))
+    before = [p.detach().clone() for p in task.model.parameters()]
+    (batch,) = ragged(1, 8)
+    batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+    make_trainer().fit(task, loader([batch]))
+    assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
+    assert task.training_figures() == {"train/loss": 0.0, "train/gradient_norm": 0.0}
+
+
+def norms(optimizer, precision: str, accumulate: int, clip: float | None) -> tuple[list[float], dict[str, float]]:
+    """The gradient norm that the optimizer sees at each of two steps, and what is logged after the first."""
+    seen: list[float] = []
+
+    class Recording(LMTask):
+        def configure_gradient_clipping(self, *args, **kwargs):
+            super().configure_gradient_clipping(*args, **kwargs)
+            gradients = [p.grad.double().flatten() for p in self.model.parameters()]
+            seen.append(float(torch.cat(gradients).norm()))
+
+    logged: list[dict[str, float]] = []
+
+    class Ask(lightning.Callback):
+        def on_train_batch_end(self, trainer, task, *_):
+            if trainer.global_step == 1 and not logged:
+                logged.append(task.training_figures())
+
+    task = make_task(optimizer, kind=Recording)
+    trainer = make_trainer(
+        2, precision=precision, accumulate_grad_batches=accumulate, gradient_clip_val=clip, callbacks=[Ask()]
+    )
+    trainer.fit(task, loader(ragged(2 * accumulate, 5)))
+    return seen, logged[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_clipping_caps_the_norm_and_logs_it_unclipped(precision, optimizer, accumulate):
+    tolerance = 2e-2 if precision == "bf16-true" else 1e-4  # of gradients kept in 8 bits
+    free, logged_free = norms(optimizer, precision, accumulate, None)
+    assert min(free) > 0.1
+    assert logged_free["train/gradient_norm"] == pytest.approx(free[0], rel=tolerance)
+    capped, logged = norms(optimizer, precision, accumulate, 0.1)
+    assert capped == pytest.approx([0.1, 0.1], rel=tolerance)
+    assert logged["train/gradient_norm"] == pytest.approx(free[0], rel=tolerance)
+    loose, _ = norms(optimizer, precision, accumulate, 100.0)
+    assert loose == pytest.approx(free, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_logged_loss_is_exact_over_many_tokens_in_any_precision(precision):
+    """Sums of 80,000 tokens do not fit a bf16 number: what counts tokens must keep its own type."""
+    task = make_task(partial(torch.optim.SGD, lr=0.0))
+    batches = ragged(50, 100)
+    make_trainer(10, precision=precision, accumulate_grad_batches=5).fit(task, loader(batches))
+    tokens = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    assert int(task.interval_sums[1]) == tokens
+    model = make_task().model
+    with torch.no_grad():
+        nll = sum(
+            float((task.token_nll(model(b["tokens"]), b["targets"]) * b["loss_mask"]).sum(dtype=torch.float64))
+            for b in batches
+        )
+    assert task.training_figures()["train/loss"] == pytest.approx(nll / tokens, rel=1e-6 if "32" in precision else 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_validation_figures_are_the_same_for_any_batch_size(text_file, precision):
+    figures = []
+    for batch_size in (1, 3, 7, 64):
+        data, task = text_data(text_file, batch_size), make_task()
+        make_trainer(precision=precision).validate(task, data, verbose=False)
+        assert len(data.validation_windows) % 3
+        assert len(data.validation_windows) % 7
+        figures.append(task.figures)
+    for other in figures[1:]:
+        for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
+            assert other[name] == pytest.approx(figures[0][name], rel=1e-6 if precision == "32-true" else 2e-3), name
+        assert other["val/accuracy"] == pytest.approx(figures[0]["val/accuracy"], abs=1e-9 if "32" in precision else 0.02)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char"])
+def test_bits_per_byte_is_the_nll_in_bits_over_the_bytes_of_the_real_text(tmp_path, kind):
+    text = (prose(300) + "Größe: 1 €, naïve façade. " * 8) * 3
+    path = tmp_path / "real.txt"
+    path.write_text(text)
+    tokenizer = ByteTokenizer() if kind == "byte" else CharTokenizer.train([text])
+    task, data = make_task(tokenizer=tokenizer), text_data(path, 5, tokenizer)
+    make_trainer().validate(task, data, verbose=False)
+
+    held_out = text[int(len(text) * 0.9) :]
+    ids = [*tokenizer.encode(held_out).tolist(), 2]  # closed by the end of document
+    task.model.eval()
+    nll, correct = 0.0, 0
+    for start in range(0, len(ids) - 1, 16):
+        tokens = torch.tensor([ids[start : min(start + 16, len(ids) - 1)]])
+        with torch.no_grad():
+            logits = task.model(tokens)[0].double()
+        for at, row in enumerate(logits):
+            target = ids[start + at + 1]
+            nll -= float(row[target] - row.logsumexp(0))
+            correct += int(row.argmax()) == target
+    scored = len(held_out.encode()) - len(tokenizer.decode_bytes(ids[:1]))  # the first token is never predicted
+    assert task.figures["val/loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-6)
+    assert task.figures["val/perplexity"] == pytest.approx(math.exp(task.figures["val/loss"]), rel=1e-12)
+    assert task.figures["val/bits_per_byte"] == pytest.approx(nll / math.log(2) / scored, rel=1e-6)
+    assert task.figures["val/accuracy"] == pytest.approx(correct / (len(ids) - 1), abs=1e-9)
+
+
+def test_validation_with_nothing_to_score_is_no_number_and_a_huge_loss_does_not_overflow():
+    task = make_task()
+    assert math.isnan(task.validation.compute()["loss"])
+    task.validation.update(*(torch.tensor([[v]]) for v in (1e5, 3, 3, True)))
+    assert task.validation.compute()["perplexity"] == math.exp(700)
+
+
+def test_separate_documents_do_not_see_each_other():
+    task = make_task(separate_documents=True).eval()
+    one = torch.tensor([[50, 60, 70, 2, 80, 90, 100, 110]])
+    other = torch.tensor([[51, 61, 71, 2, 80, 90, 100, 110]])
+    with torch.no_grad():
+        torch.testing.assert_close(task.logits(one)[:, 4:], task.logits(other)[:, 4:], atol=1e-6, rtol=0)
+        torch.testing.assert_close(task.logits(one)[:, 4:], task.model(one[:, 4:]), atol=1e-5, rtol=0)
+        task.separate_documents = False
+        assert not torch.allclose(task.logits(one)[:, 4:], task.logits(other)[:, 4:], atol=1e-3)
+
+
+def test_documents_separate_trains(train, tmp_path):
+    for number in range(20):
+        (tmp_path / f"doc{number}.txt").write_text(prose(40, number))
+    files = f"data.files={tmp_path}/doc*.txt"
+    assert train(tmp_path / "run", "documents=separate", files, "trainer.max_steps=30", "optimizer.lr=0.01") == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["val_loss"] < 4.5
+
+
+def test_a_plain_trainer_learns_with_task_data_and_callbacks_and_no_hydra(text_file, tmp_path):
+    data, task, saving = text_data(text_file, 8), make_task(), Checkpoints(50, None, 1)
+    saving.folder = tmp_path / "kept"
+    budget = Budget(120, None)
+    trainer = make_trainer(
+        -1, callbacks=[CompileAhead(must=False), budget, saving], gradient_clip_val=1.0, num_sanity_val_steps=0
+    )
+    trainer.fit(task, data)
+    assert trainer.global_step == 120
+    assert task.figures["val/loss"] < 0.6 * math.log(V)
+    assert {path.name for path in saving.folder.iterdir()} == {"last.ckpt", "best.ckpt", "step-00000100.ckpt"}
+    assert torch.load(saving.folder / "last.ckpt", weights_only=True)["gptlab"]["model"]["n_embd"] == 32
+    assert budget.seconds > 0
+
+
+def test_logged_learning_rate_is_the_one_that_the_step_took(train, tmp_path):
+    """The schedule has moved on by the time a step is logged."""
+    options = ("schedule=linear", "optimizer.lr=1.0", "trainer.max_steps=6", "validation.every_steps=3")
+    assert train(tmp_path / "run", *options) == 0
+    header, *rows = (line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines())
+    rates = [float(row[header.index("train/learning_rate")]) for row in rows]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0], abs=1e-9)
+    history = json.loads((tmp_path / "run/result.json").read_text())["history"]
+    assert [entry["learning_rate"] for entry in history] == pytest.approx([1, 0], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_losses_equal_those_of_eager_and_nothing_is_compiled_after_the_start(train, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    options = ("trainer.max_steps=12", "validation.every_steps=5", "trainer.accumulate_grad_batches=2")
+    options = (*options, "samples.every_steps=4", "samples.max_tokens=20", "optimizer.lr=0.01")
+    graphs = []
+    ahead = CompileAhead.on_train_start
+
+    def counting(self, trainer, task):
+        ahead(self, trainer, task)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(CompileAhead, "on_train_start", counting)
+    losses = []
+    for word in ("false", "true"):
+        assert train(tmp_path / word, *options, f"compile={word}") == 0
+        header, *rows = (line.split(",") for line in (tmp_path / word / "metrics.csv").read_text().splitlines())
+        losses.append([float(row[header.index("train/loss")]) for row in rows])
+        losses[-1] += [h["val_loss"] for h in json.loads((tmp_path / word / "result.json").read_text())["history"]]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert graphs[-1] > 0
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
+    result = json.loads((tmp_path / "true/result.json").read_text())
+    assert result["seconds_to_compile"] > result["seconds"]
