@@ -40,8 +40,17 @@ def check(cfg: dict[str, Any], folder: RunFolder) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
             if (value := cfg[node].get(name)) is not None and value < 0:
                 faults.append(f"{node}.{name}={value} must be 0 or more")
-    if (accumulate := cfg["trainer"]["accumulate_grad_batches"]) < 1:
+    trainer = cfg["trainer"]
+    if not 0 <= cfg["seed"] < 2**32:
+        faults.append(f"seed={cfg['seed']} must be at least 0 and less than 2^32")
+    if (accumulate := trainer["accumulate_grad_batches"]) < 1:
         faults.append(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
+    if (clip := trainer["gradient_clip_val"]) is not None and clip <= 0:
+        faults.append(f"trainer.gradient_clip_val={clip} must be more than 0, or null for no clipping")
+    if (algorithm := trainer.get("gradient_clip_algorithm")) not in (None, "norm"):
+        faults.append(f"trainer.gradient_clip_algorithm={algorithm!r}: only the norm is clipped; leave it out")
+    if str(trainer["precision"]).startswith("16"):  # a fused optimizer unscales after the norm is taken
+        faults.append(f"trainer.precision={trainer['precision']} is not supported; use bf16-mixed or 32-true")
     if cfg["max_time"] is not None and cfg["max_time"] <= 0:
         faults.append(f"max_time={cfg['max_time']} must be more than 0 seconds, or null for no such budget")
     try:
@@ -169,7 +178,8 @@ def build_loggers(node: dict[str, Any], folder: RunFolder, resumed_step: int | N
         elif target:
             loggers.append(config.make(node)(save_dir=folder.path, name=folder.path.name))
     except ModuleNotFoundError as error:
-        raise ValueError(f'logger={target}: {error}; install it with: pip install "gptlab[track]"') from error
+        word = target.removesuffix("Logger").lower()
+        raise ValueError(f'logger={word} is not installed ({error}): pip install "gptlab[track]"') from error
     return loggers
 
 
@@ -249,13 +259,11 @@ def require_device(accelerator: str) -> None:
         raise ValueError("trainer=mps: this is no Apple machine with a GPU that torch can use; use trainer=auto")
 
 
-def start_weights(
-    cfg: dict[str, Any], model_keys: set[str]
-) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, str]]:
-    """For `init_from`: the config with the parent's network, the parent's checkpoint, its tokenizer, and its record.
+def start_weights(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
+    """For `init_from`: the config with the parent's network and record, the parent's checkpoint, and its tokenizer.
 
-    `model_keys` are the fields given on the command line: one that contradicts the parent is an error, except those
-    that change no weight.
+    `overridden` are the keys given on the command line, which may be a word for the whole network: a field that
+    contradicts the parent is an error, except those that change no weight.
     """
     path = checkpoint.find(Path(cfg["init_from"]))
     parent = checkpoint.load(path)
@@ -263,20 +271,21 @@ def start_weights(
     free = {"dropout", "checkpointing"} | ({"block_size"} if theirs.positions == "rope" else set())
     merged = dict(cfg["model"])
     for name, value in vars(theirs).items():
-        if name in free and name in model_keys:
+        given = merged[name] is not None and bool({"", "model", f"model.{name}"} & overridden)
+        if name in free and f"model.{name}" in overridden:
             continue
-        if name in model_keys and merged[name] != value:
+        if given and name not in free and merged[name] != value:
             raise ValueError(
                 f"model.{name}={merged[name]} contradicts init_from={path}, where it is {value}; leave it out"
             )
         merged[name] = value
     tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
     if cfg["tokenizer"].get("path"):
-        given = load_tokenizer(cfg["tokenizer"]["path"], config.trusted(cfg))
-        if given.fingerprint != tokenizer.fingerprint:
+        other = load_tokenizer(cfg["tokenizer"]["path"], config.trusted(cfg))
+        if other.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights "
-                f"know only their own ({given.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
+                f"know only their own ({other.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
             )
     record = {"checkpoint": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return cfg | {"model": merged}, parent, tokenizer, record
+    return cfg | {"model": merged, "parent": record}, parent, tokenizer

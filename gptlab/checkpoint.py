@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -36,8 +37,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(folder)  # the new name survives a power cut too
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a failed write names no file
+            error.filename = str(path)
         raise
 
 
@@ -73,10 +76,12 @@ def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain types ({reason})") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged or no checkpoint ({str(error).strip().splitlines()[0]})") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))  # the rest is torch's advice to load it all the same
+        what = f"it holds code ({found[1]}), which was not run" if found else "it is damaged or no checkpoint"
+        raise ValueError(f"{path}: refused, {what}; give a checkpoint that gptlab wrote") from error
+    except Exception as error:  # whatever bytes that are no pickle make its reader do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged or no checkpoint ({reason}); give a checkpoint that gptlab wrote") from error
     own = checkpoint.get(OWN_KEY) if isinstance(checkpoint, dict) else None
     if own is None:
         raise ValueError(f"{path}: a torch file, but no checkpoint of gptlab: it has no {OWN_KEY!r} entry")

@@ -202,7 +202,7 @@ def explain(error: BaseException, config_name: str = "train") -> str | None:
     if match := re.search(r"Key '([^']+)' (?:is )?not in '\w+'(?:.|\n)*?full_key: (\S+)", said):
         return f"{match[2]}: there is no such key{nearest(match[2], known_keys(config_name))}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("reference_type", "object_type"))]
+    lines = [line for line in lines if line != "None" and not line.startswith(("reference_type", "object_type"))]
     return "\n".join(list(dict.fromkeys(lines))[:6])
 
 

@@ -51,13 +51,15 @@ def logging_to(path: Path) -> Iterator[None]:
     """gptlab's own log on the console, and with times in `path`."""
     file = logging.FileHandler(path)
     file.setLevel(logging.DEBUG)
+    file.handleError = lambda record: None  # a full disk is said once, by who needs the space
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     try:
         yield
     finally:
         log.removeHandler(file)
-        file.close()
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def quiet() -> None:

@@ -34,9 +34,11 @@ class Outcome:
         self.watchers: Watchers | None = None
         self._nothing_to_do = False
 
-    def watch(self, task: LMTask, data: TextDataModule, watchers: Watchers) -> None:
-        """From here on there is something to report on."""
-        self.task, self.data, self.watchers = task, data, watchers
+    def watch(
+        self, task: LMTask, data: TextDataModule, watchers: Watchers, parent: dict[str, str] | None = None
+    ) -> None:
+        """From here on there is something to report on. `parent` is the run that the weights came from."""
+        self.task, self.data, self.watchers, self.parent = task, data, watchers, parent
 
     def nothing_to_do(self) -> None:
         """The run had ended before; status and result stay as they are."""

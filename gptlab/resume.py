@@ -22,7 +22,7 @@ FREE = (
     *("logger", "validation.every_steps", "checkpoint.every_steps", "checkpoint.every_epochs", "samples.every_steps"),
     *("log.every_steps", "trust"),
 )
-OF_THE_COMMAND = ("run_dir", "resume", "init_from")  # these say what to do, not what the run is
+OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
 
 
 def is_below(key: str, names: tuple[str, ...]) -> bool:

@@ -27,7 +27,8 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
-NOT_BEGUN = {".lock", "checkpoints", "status.json", "train.log"}  # all that a run which failed before it began leaves
+# All that a run leaves which failed before it began.
+NOT_BEGUN = {".lock", "checkpoints", "result.json", "status.json", "train.log"}
 
 
 class RunFolder:

@@ -24,30 +24,37 @@ def run_job(door: str) -> None:
         return  # whoever stopped that job wants the sweep to end
     hydra_config = HydraConfig.get()
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
-    folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, overrides)
-    print(f"job {hydra_config.job.num}: {' '.join(overrides)}", flush=True)
+    varied = [override for override in overrides if override not in sys.argv]  # what tells this job from the others
+    folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, varied)
+    print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={folder}"], process_group=0
-    )
+    command = [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={quoted(str(folder))}"]
+    process = subprocess.Popen(command, process_group=0)
     # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
     handlers = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in FORWARDED}
     try:
         exit_code = process.wait()
+        if -exit_code in FORWARDED:  # a signal that came before the job was able to end in its own way
+            exit_code = 130 if -exit_code == signal.SIGINT else 143
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    job = {"job": hydra_config.job.num, "overrides": overrides, "run_dir": str(folder)}
+    job = {"job": hydra_config.job.num, "overrides": overrides, "varied": varied, "run_dir": str(folder)}
     job |= {"exit_code": exit_code, "seconds": round(time.monotonic() - start, 1)}
     _jobs.append(job)
     with open(Path(hydra_config.sweep.dir) / "sweep.jsonl", "a") as file:
         file.write(json.dumps(job) + "\n")
 
 
-def job_name(number: int, overrides: list[str]) -> str:
-    """A folder name that tells the jobs apart: 3-model=tiny,seed=2."""
-    words = re.sub(r"[^\w=.,+-]", "_", ",".join(overrides))
-    return f"{number}-{words}"[:80].rstrip(".,-")
+def job_name(number: int, varied: list[str]) -> str:
+    """A folder name that tells the jobs apart: 3_model-tiny_seed-2."""
+    words = [re.sub(r"[^\w.]+", "-", override.lstrip("+~")).strip("-") for override in varied]
+    return "_".join([str(number), *words])[:80]
+
+
+def quoted(value: str) -> str:
+    """`value` as Hydra's override grammar reads it back, whatever it holds."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def summarise(show: Callable[[Table], None]) -> int:
@@ -63,7 +70,7 @@ def summarise(show: Callable[[Table], None]) -> int:
         loss = result.get("val_loss")
         table.add_row(
             str(job["job"]),
-            " ".join(job["overrides"]),
+            " ".join(job["varied"]),
             status,
             str(result.get("steps", "")),
             "" if loss is None else f"{loss:.4f}",

@@ -16,6 +16,7 @@ from gptlab.data.module import TextDataModule  # noqa: E402
 from gptlab.outcome import Outcome  # noqa: E402
 from gptlab.resume import find_run, resumed_config, saved_config  # noqa: E402
 from gptlab.run import RunFolder, write_atomically  # noqa: E402
+from gptlab.tokenizer import load_tokenizer  # noqa: E402
 
 log = logging.getLogger("gptlab")
 
@@ -51,9 +52,10 @@ def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: b
     with doors.logging_to(folder.log), Outcome(folder, cfg, PROCESS_START) as outcome:
         seed_everything(cfg["seed"], workers=True, verbose=False)
         parent = tokenizer = None
-        if cfg["init_from"]:
-            fields = {key.removeprefix("model.") for key in overridden if key.startswith("model.")}
-            cfg, parent, tokenizer, outcome.parent = assembly.start_weights(cfg, fields)
+        if cfg["init_from"] and ckpt_path is not None:  # the parent has done its part, and may be gone
+            tokenizer = load_tokenizer(folder.tokenizer, config.trusted(cfg))
+        elif cfg["init_from"]:
+            cfg, parent, tokenizer = assembly.start_weights(cfg, overridden)
         assembly.require_device(cfg["trainer"]["accelerator"])
         data = assembly.build_data(cfg, tokenizer)
         model = assembly.build_model(cfg, data.tokenizer)
@@ -65,7 +67,7 @@ def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: b
         total_steps = assembly.steps_to_train(cfg["trainer"], steps_an_epoch)
         task = assembly.build_task(cfg, model, data.tokenizer, total_steps)
         watchers = assembly.Watchers(cfg, folder, total_steps)
-        outcome.watch(task, data, watchers)
+        outcome.watch(task, data, watchers, cfg.get("parent"))
         resumed_step = None
         if resumes:  # a run that never saved starts over
             resumed_step = 0 if ckpt_path is None else checkpoint.load(ckpt_path)["global_step"]

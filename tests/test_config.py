@@ -176,3 +176,23 @@ def test_yaml_files_are_small():
     for path in (REPOSITORY / "conf").rglob("*.yaml"):
         assert len(path.read_text().splitlines()) <= 55, path
         yaml.safe_load(path.read_text())
+
+
+def test_the_console_script_offers_the_same_doors_and_imports_from_the_current_folder(tmp_path):
+    import subprocess
+    import sys
+
+    def gptlab(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-P", "-m", "gptlab", *arguments]  # -P: as the script, without the current folder
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert "train" in gptlab("--help").stdout
+    assert gptlab("--version").stdout.startswith("gptlab ")
+    assert gptlab("trian").returncode == 2
+    assert "optimizer.lr=" in gptlab("train", "--help").stdout
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/own.py").write_text("from gptlab.model import Attention as OwnAttention\n")
+    (tmp_path / "text.txt").write_text("A few words, many times over.\n" * 300)
+    small = "tokenizer=byte model.n_embd=16 model.block_size=16 trainer.max_steps=1 compile=false data.files=text.txt"
+    done = gptlab("train", "model.attention=experiments.own.OwnAttention", *small.split())
+    assert done.returncode == 0, done.stderr

@@ -191,3 +191,29 @@ def test_signals_save_and_exit_and_the_run_resumes_exactly(train, tmp_path, text
     assert whole_run.returncode == 0, whole_run.stderr
     assert os.path.getsize(whole / "metrics.csv") > 0
     assert [row.split(",")[0] for row in rows(whole)] == [row.split(",")[0] for row in rows(part)]
+
+
+def test_init_from_takes_weights_network_and_tokenizer_and_starts_anew(train, tmp_path):
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    assert train(parent, *RUN, "tokenizer=char", "trainer.max_steps=4") == 0
+    assert train(child, *RUN, f"init_from={parent}", "trainer.max_steps=4", "optimizer.lr=0", "model.dropout=0.0") == 0
+    for name, tensor in weights(parent).items():
+        assert torch.equal(tensor, weights(child)[name]) or name.endswith("rotary"), name
+    result = json.loads((child / "result.json").read_text())
+    assert result["parent"]["checkpoint"] == str(parent / "checkpoints/best.ckpt")
+    assert result["steps"] == 4
+    fingerprints = [json.loads((run / "result.json").read_text())["fingerprints"] for run in (parent, child)]
+    assert fingerprints[0]["tokenizer"] == fingerprints[1]["tokenizer"]
+
+    shutil.rmtree(parent)  # a child resumes without its parent, and still knows it
+    (child / "result.json").unlink()
+    assert train(child, f"resume={child}", "trainer.max_steps=6") == 0
+    assert json.loads((child / "result.json").read_text())["parent"] == result["parent"]
+
+
+def test_init_from_refuses_another_network(train, tmp_path, capsys):
+    parent = tmp_path / "parent"
+    assert train(parent, "trainer.max_steps=1") == 0
+    cfg = ("model.n_layer=3", f"init_from={parent}")
+    assert train(tmp_path / "child", *cfg, "trainer.max_steps=1") == 2
+    assert "model.n_layer=3 contradicts" in capsys.readouterr().err

@@ -153,7 +153,9 @@ def test_validation_figures_are_the_same_for_any_batch_size(text_file, precision
     for other in figures[1:]:
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             assert other[name] == pytest.approx(figures[0][name], rel=1e-6 if precision == "32-true" else 2e-3), name
-        assert other["val/accuracy"] == pytest.approx(figures[0]["val/accuracy"], abs=1e-9 if "32" in precision else 0.02)
+        assert other["val/accuracy"] == pytest.approx(
+            figures[0]["val/accuracy"], abs=1e-9 if "32" in precision else 0.02
+        )
 
 
 @pytest.mark.parametrize("kind", ["byte", "char"])

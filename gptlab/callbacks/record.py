@@ -88,6 +88,8 @@ class Monitor(StepCallback):
     def __init__(self, every_steps: int | None, budget: Budget, peak: float | None):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"log.every_steps={every_steps} must be at least 1, or null for never")
+        if peak is not None and peak <= 0:
+            raise ValueError(f"log.peak_tflops={peak} must be more than 0, or null for its maker's figure")
         self.every_steps, self.budget, self.peak = every_steps, budget, peak
         self.figures: dict[str, float | None] = {}
         self.rates: list[float] = []  # tokens a second of each interval without a validation

@@ -1,0 +1,164 @@
+"""The data module with a trainer: other orders each epoch, no held-out text in training, and one identity a run."""
+
+import json
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from conftest import prose
+
+from gptlab.data.module import DataConfig, TextDataModule
+from gptlab.tokenizer import EOS_ID, ByteTokenizer
+
+
+class Recorder(lightning.LightningModule):
+    """Learns nothing, and remembers what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.epochs: dict[int, list[torch.Tensor]] = {}
+
+    def training_step(self, batch, batch_idx):
+        self.epochs.setdefault(self.current_epoch, []).append(torch.cat((batch["tokens"], batch["targets"][:, -1:]), 1))
+        return self.weight * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def module(files, batch_size: int = 8, block_size: int = 16, seed: int = 1, **options) -> TextDataModule:
+    config = DataConfig(files=files, batch_size=batch_size, **options)
+    return TextDataModule(config, None, ByteTokenizer(), block_size=block_size, seed=seed)
+
+
+def epochs_of(data: TextDataModule, epochs: int = 2, **options) -> list[np.ndarray]:
+    """The windows, one a row, that each epoch of a real run trains on."""
+    recorder = Recorder()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        **options,
+    )
+    trainer.fit(recorder, data)
+    return [torch.cat(batches).numpy() for _, batches in sorted(recorder.epochs.items())]
+
+
+def test_epochs_visit_the_windows_in_different_orders_and_repeat_with_the_seed(text_file):
+    first, second = epochs_of(module(str(text_file)))
+    assert first.shape == second.shape
+    assert not np.array_equal(first, second)
+    windows = module(str(text_file))
+    windows.setup()
+    assert len(first) == len(windows.train_windows) // 8 * 8
+    common = {row.tobytes() for row in first} & {row.tobytes() for row in second}
+    assert len(common) > 0.9 * len({row.tobytes() for row in first})
+    again = epochs_of(module(str(text_file)))
+    assert np.array_equal(again[0], first)
+    assert np.array_equal(again[1], second)
+    assert not np.array_equal(epochs_of(module(str(text_file), seed=2), 1)[0], first)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"batch_size": 4}])
+def test_the_same_windows_make_a_step_however_they_are_loaded(text_file, options):
+    accumulate = 8 // options.get("batch_size", 8)
+    (plain,) = epochs_of(module(str(text_file)), 1)
+    (other,) = epochs_of(module(str(text_file), **options), 1, accumulate_grad_batches=accumulate)
+    assert np.array_equal(plain, other)
+
+
+@pytest.mark.parametrize("documents", [1, 120])
+def test_no_held_out_text_is_trained_on(tmp_path, documents):
+    for number in range(documents):
+        (tmp_path / f"{number}.txt").write_text(prose(6000 // documents, number))
+    data = module(f"{tmp_path}/*.txt", validation_fraction=0.2)
+    (seen,) = epochs_of(data, 1)
+    train, validation = (np.asarray(getattr(data.prepared, side).array) for side in ("train", "validation"))
+    assert len(train) + len(validation) == sum(p.stat().st_size for p in tmp_path.glob("*.txt")) + np.sum(
+        [(side == EOS_ID).sum() for side in (train, validation)]
+    )
+    # Windows as long as a few sentences, which chance does not repeat.
+    width = 120
+    held_out = {validation[i : i + width].tobytes() for i in range(len(validation) - width)}
+    trained = {train[i : i + width].tobytes() for i in range(len(train) - width)}
+    assert not held_out & trained
+    text = train.astype(np.int64).tobytes()
+    assert all(row.astype(np.int64).tobytes() in text for row in seen)
+
+
+def test_own_validation_files_are_the_validation_text_whole(tmp_path, text_file):
+    held_out = tmp_path / "held-out.md"
+    held_out.write_text(prose(100, seed=9))
+    data = module(str(text_file), validation_files=str(held_out))
+    data.setup()
+    tokenizer = data.tokenizer
+    assert tokenizer.decode(data.prepared.validation.array[:-1].tolist()) == held_out.read_text()
+    assert tokenizer.decode(data.prepared.train.array[:-1].tolist()) == text_file.read_text()
+    scored = sum(int(data.validation_windows[i]["loss_mask"].sum()) for i in range(len(data.validation_windows)))
+    assert scored == len(data.prepared.validation) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("block_size", {"block_size": 32}),
+        ("stride", {"stride": 3}),
+        ("seed", {"seed": 5}),
+        ("windows_a_step", {"batch_size": 4}),
+        ("fingerprint", {"validation_fraction": 0.3}),
+    ],
+)
+def test_another_identity_is_refused_with_both_values(text_file, name, options):
+    one, other = module(str(text_file)), module(str(text_file), **options)
+    for data in (one, other):
+        data.setup()
+    state = one.state_dict()
+    one.load_state_dict(json.loads(json.dumps(state)))
+    with pytest.raises(ValueError, match=name) as refusal:
+        other.load_state_dict(state)
+    assert str(state[name]) in str(refusal.value)
+    assert str(other.state_dict()[name]) in str(refusal.value)
+    assert "init_from" in str(refusal.value)
+
+
+def test_accumulation_and_batch_size_may_be_traded(text_file):
+    """What counts is the number of windows a step, however they are cut."""
+    states = []
+    for batch_size, accumulate in ((8, 1), (4, 2)):
+        data = module(str(text_file), batch_size)
+        epochs_of(data, 1, accumulate_grad_batches=accumulate)
+        states.append(data.state_dict())
+    assert states[0] == states[1]
+
+
+def test_tokenizer_of_a_run_folder(train, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, "tokenizer=char", "trainer.max_steps=1") == 0
+    other = tmp_path / "other.txt"
+    other.write_text(prose(300, seed=5).replace("e", "ë"))
+    assert train(second, f"data.files={other}", f"tokenizer.path={first}", "trainer.max_steps=1") == 0
+    results = [json.loads((run / "result.json").read_text()) for run in (first, second)]
+    assert results[0]["fingerprints"]["tokenizer"] == results[1]["fingerprints"]["tokenizer"]
+    assert results[0]["fingerprints"]["data"] != results[1]["fingerprints"]["data"]
+
+
+def test_settings_that_cannot_be_are_said_together(text_file):
+    with pytest.raises(ValueError, match=r"data.batch_size=0.*data.stride=-1.*validation_fraction=2"):
+        module(str(text_file), batch_size=0, stride=-1, validation_fraction=2)
+    with pytest.raises(ValueError, match="no text to train on"):
+        TextDataModule(DataConfig(), None, ByteTokenizer(), block_size=16, seed=1)
+
+
+def test_windows_too_few_for_a_step_are_refused_with_the_remedies(text_file: Path):
+    data = module(str(text_file), batch_size=500)
+    data.setup()
+    with pytest.raises(ValueError, match=r"takes 500 windows .* has 442: lower data.batch_size"):
+        data.order()

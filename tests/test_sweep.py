@@ -1,0 +1,161 @@
+"""Sweeps by the real command: a process and a folder for each job, every failure in sight, and an end when told."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, door
+
+from gptlab import sweep
+
+
+def results(folder: Path) -> dict[str, str]:
+    """The status that each job's folder tells."""
+    return {path.parent.name: json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/status.json"))}
+
+
+def test_failures_are_told_and_hide_no_other_job(text_file, tmp_path):
+    swept = tmp_path / "swept"
+    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=4", f"run_dir={swept}", "schedule.warmup_steps=0")
+    run = door("train", "-m", *options, "optimizer.lr=-1,1e30,0.001")
+    assert run.returncode == 1, run.stderr
+    jobs = [json.loads(line) for line in (swept / "sweep.jsonl").read_text().splitlines()]
+    assert [job["exit_code"] for job in jobs] == [2, 1, 0]
+    assert [job["job"] for job in jobs] == [0, 1, 2]
+    folders = [Path(job["run_dir"]) for job in jobs]
+    assert [folder.parent for folder in folders] == [swept] * 3
+    assert results(swept) == {folders[1].name: "failed", folders[2].name: "completed"}
+    pids = {json.loads((folder / "status.json").read_text())["pid"] for folder in folders[1:]}
+    assert len(pids) == 2
+    assert json.loads((folders[2] / "result.json").read_text())["steps"] == 4
+    assert run.stderr.count("error: ") == 2
+    assert "optimizer.lr=-1" in run.stderr
+    assert "NaN or infinite" in run.stderr
+    assert "Traceback" not in run.stderr
+    table = run.stdout[run.stdout.rindex("val/loss") :]
+    for word in ("completed", "failed", "exit code 2"):
+        assert word in table
+
+
+def test_signal_to_a_job_that_is_still_starting_ends_the_sweep(text_file, tmp_path):
+    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=2", "seed=1,2", f"run_dir={tmp_path}/swept")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptlab.train", "-m", *options], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert process.stdout.readline().startswith("job 0")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert len((tmp_path / "swept/sweep.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_the_job_that_runs_and_starts_no_other(text_file, tmp_path, train, signum, code):
+    swept = tmp_path / "swept"
+    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=1000000", "log.every_steps=20", "seed=1,2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptlab.train", "-m", *options, f"run_dir={swept}"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while not list(swept.glob("*/metrics.csv")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signum)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert list(results(swept).values()) == ["interrupted"]
+    assert "interrupted" in output[output.index("sweep") :]
+    (job,) = [json.loads(line) for line in (swept / "sweep.jsonl").read_text().splitlines()]
+    run = Path(job["run_dir"])
+    step = json.loads((run / "status.json").read_text())["step"]
+    assert train(run, f"resume={run}", f"trainer.max_steps={step + 2}") == 0
+    assert results(swept) == {run.name: "completed"}
+
+
+@pytest.fixture
+def composed(monkeypatch, capfd):
+    """`composed(*arguments)` gives the commands that a sweep would run, without running them."""
+    import gptlab.train
+
+    def run(*arguments: str, codes: tuple[int, ...] = ()) -> tuple[list[list[str]], int]:
+        commands: list[list[str]] = []
+        left = list(codes)
+
+        class Job:
+            def __init__(self, command, **_):
+                commands.append(command[3:])
+
+            def wait(self):
+                return left.pop(0) if left else 0
+
+        monkeypatch.setattr(sweep, "_jobs", [])
+        monkeypatch.setattr(sweep.subprocess, "Popen", Job)
+        monkeypatch.setattr("sys.argv", ["train.py", "-m", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            gptlab.train.main()
+        return commands, exit_.value.code
+
+    return run
+
+
+def test_glob_of_experiments_makes_a_job_of_each(composed, tmp_path):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    for name in ("aa_one", "aa_two"):
+        (folder / f"{name}.yaml").write_text("# @package _global_\nseed: 7\n")
+    commands, code = composed("experiments=glob(aa_*)")
+    assert code == 0
+    assert [command[0] for command in commands] == ["experiments=aa_one", "experiments=aa_two"]
+    assert all(command[-1].startswith("run_dir=") for command in commands)
+    commands, _ = composed("experiments=glob(*)")
+    assert {"experiments=aa_one", "experiments=aa_two"} <= {command[0] for command in commands}
+
+
+def test_folder_of_a_sweep_has_its_date_and_time(composed, tmp_path):
+    commands, _ = composed("seed=1,2", "model=tiny,small")
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        path = Path(command[-1].removeprefix("run_dir=").strip("'"))
+        place = path.relative_to(tmp_path)
+        assert re.fullmatch(r"runs/sweeps/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d/" + re.escape(path.name), str(place))
+        assert path.name.startswith(f"{number}_seed-")
+    assert len({command[-1] for command in commands}) == 4
+    assert len(list((tmp_path / "runs/sweeps").glob("*/*/sweep.jsonl"))) == 1
+
+
+def test_exit_code_of_a_sweep_tells_the_worst(composed, tmp_path):
+    assert composed("seed=1,2,3", f"run_dir={tmp_path}/a", codes=(0, 0, 0))[1] == 0
+    assert composed("seed=1,2,3", f"run_dir={tmp_path}/b", codes=(0, 1, 0))[1] == 1
+    commands, code = composed("seed=1,2,3", f"run_dir={tmp_path}/c", codes=(0, 143, 0))
+    assert (len(commands), code) == (2, 143)
+    jobs = (tmp_path / "c/sweep.jsonl").read_text().splitlines()
+    assert [json.loads(job)["exit_code"] for job in jobs] == [0, 143]
+
+
+def test_wrong_word_in_a_sweep_is_bad_input(composed, tmp_path, capfd):
+    commands, code = composed("model=tiny,tinny", f"run_dir={tmp_path}/swept")
+    message = capfd.readouterr().err
+    assert code == 2
+    assert message.startswith("error: model=tinny: ")
+    assert "'tiny'" in message
+    assert "Traceback" not in message
+    assert len(commands) <= 1
+
+
+def test_names_of_jobs_differ_and_are_good_file_names():
+    names = [sweep.job_name(n, [f"data.files='{'x' * 100}/a b.txt'", f"seed={n}"]) for n in range(12)]
+    assert len(set(names)) == 12
+    assert all(len(name) <= 80 and os.sep not in name and " " not in name and "'" not in name for name in names)
+    assert sweep.job_name(3, ["model=tiny", "seed=2"]) == "3_model-tiny_seed-2"
