@@ -33,7 +33,7 @@ def main(run: Path, target: Path) -> None:
     left.legend(frameon=False)
     left.spines[["top", "right"]].set_visible(False)
     left.set_title(
-        f"{result['params'] / 1e6:.1f} M parameters, {result['seconds']:.0f} s on {result['hardware']['threads']} CPU cores",
+        f"{result['params'] / 1e6:.1f} M parameters, {result['seconds']:.0f} s, {result['hardware']['threads']} cores",
         fontsize=10,
     )
     right.axis("off")

@@ -15,7 +15,7 @@ import typeguard
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -189,7 +189,8 @@ def explain(error: BaseException, config_name: str = "train") -> str | None:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
+    composing = any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain)
+    if not composing or any(isinstance(link, InstantiationException) for link in chain):
         return None
     said = "\n".join(str(link) for link in chain)
     if match := re.search(r"[Cc]ould not find '([^']+)/([^'/]+)'", said):
@@ -201,6 +202,8 @@ def explain(error: BaseException, config_name: str = "train") -> str | None:
         return f"{key}: there is no such key{nearest(key, [*known_keys(config_name), *groups()])}"
     if match := re.search(r"Key '([^']+)' (?:is )?not in '\w+'(?:.|\n)*?full_key: (\S+)", said):
         return f"{match[2]}: there is no such key{nearest(match[2], known_keys(config_name))}"
+    if match := re.search(r"(Value .*)\n\s*full_key: (\S+)", said):
+        return f"{match[2]}: {match[1]}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if line != "None" and not line.startswith(("reference_type", "object_type"))]
     return "\n".join(list(dict.fromkeys(lines))[:6])

@@ -103,10 +103,10 @@ def report(error: BaseException, before_first_step: bool) -> int:
     """Say what went wrong and give the exit code."""
     if debugging():
         traceback.print_exception(error)
+    explained = config.explain(error)
     error = root_of(error)
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
-    explained = config.explain(error)
     if explained or (before_first_step and is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT

@@ -86,7 +86,8 @@ def test_the_wheel_carries_configs_and_experiments_and_runs_anywhere(tmp_path):
     (wheel,) = wheels.glob("*.whl")
     shutil.unpack_archive(wheel, site, "zip")
     program = (
-        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import gptlab; assert 'site/gptlab' in gptlab.__file__; "
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+        "import gptlab; assert 'site/gptlab' in gptlab.__file__; "
         "sys.argv[0] = 'train'; runpy.run_module('gptlab.train', run_name='__main__', alter_sys=True)"
     )
     (elsewhere / "own.txt").write_text(prose(3000))
