@@ -19,7 +19,7 @@ def main(run: Path, target: Path) -> None:
         name: [(int(row["step"]), float(row[f"{name}/loss"])) for row in rows if row[f"{name}/loss"]]
         for name in ("train", "val")
     }
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().strip().split("\n")]
     prompt = samples[-1]["prompt"]
     chosen = [sample for sample in samples if sample["prompt"] == prompt]
     chosen = [chosen[0], *chosen[1:-1][len(chosen) // 2 :][:1], chosen[-1]]

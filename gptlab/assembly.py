@@ -1,6 +1,5 @@
 """From a plain config to the objects of a run. Only doors call it; below it, no config is known."""
 
-import hashlib
 import logging
 import platform
 import shutil
@@ -19,9 +18,8 @@ from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
 from gptlab.callbacks.watching import Alerts, ConsoleLines, Samples
 from gptlab.data.module import TextDataModule
-from gptlab.data.module import check as check_data
+from gptlab.data.tokens import sha256_of_file
 from gptlab.model import GPT, GPTConfig
-from gptlab.optim import parameter_groups
 from gptlab.run import RunFolder
 from gptlab.tasks.lm import LMTask
 from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
@@ -29,44 +27,20 @@ from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 log = logging.getLogger("gptlab")
 
 
-def check(cfg: dict[str, Any], folder: RunFolder) -> None:
-    """Raise ValueError for what is wrong in the config alone, before a folder is made or any text is read."""
-    require_device(cfg["trainer"]["accelerator"])
-    wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
-    faults = []
-    if cfg["documents"] not in ("joined", "separate"):
-        faults.append(f"documents={cfg['documents']!r} is none of joined, separate")
-    for node in ("optimizer", "schedule"):
-        for name in ("lr", "weight_decay", "warmup_steps"):
-            if (value := cfg[node].get(name)) is not None and value < 0:
-                faults.append(f"{node}.{name}={value} must be 0 or more")
-    trainer = cfg["trainer"]
-    if not 0 <= cfg["seed"] < 2**32:
-        faults.append(f"seed={cfg['seed']} must be at least 0 and less than 2^32")
-    if (accumulate := trainer["accumulate_grad_batches"]) < 1:
-        faults.append(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
-    if (clip := trainer["gradient_clip_val"]) is not None and clip <= 0:
-        faults.append(f"trainer.gradient_clip_val={clip} must be more than 0, or null for no clipping")
-    if (algorithm := trainer.get("gradient_clip_algorithm")) not in (None, "norm"):
-        faults.append(f"trainer.gradient_clip_algorithm={algorithm!r}: only the norm is clipped; leave it out")
-    if str(trainer["precision"]).startswith("16"):  # a fused optimizer unscales after the norm is taken
-        faults.append(f"trainer.precision={trainer['precision']} is not supported; use bf16-mixed or 32-true")
-    if cfg["max_time"] is not None and cfg["max_time"] <= 0:
-        faults.append(f"max_time={cfg['max_time']} must be more than 0 seconds, or null for no such budget")
-    try:
-        smallest = GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2)
-        config.make(cfg["optimizer"])(parameter_groups(GPT(smallest)))
-    except ValueError as error:
-        faults.append(f"optimizer: {error}")
-    if cfg["init_from"] is None:  # else the network is the parent's
-        model = config.model_config(cfg["model"])
-        model.vocab_size = 1 if model.vocab_size is None else model.vocab_size
-        faults += model.faults()
-    if faults:
-        raise ValueError("; ".join(faults))
-    check_data(config.data_config(cfg["data"]))
-    validation_intervals(cfg)
-    Watchers(cfg, folder, steps_to_train(cfg["trainer"], 1))
+def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config with its paths made absolute, so that the run can be resumed from any folder."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        return value if value is None else str(Path(value).expanduser().absolute())
+
+    data = {name: absolute(cfg["data"][name]) for name in ("files", "validation_files")}
+    paths = {
+        "data": cfg["data"] | data,
+        "tokenizer": cfg["tokenizer"] | {"path": absolute(cfg["tokenizer"].get("path"))},
+    }
+    return cfg | paths | {"init_from": absolute(cfg["init_from"])}
 
 
 def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:
@@ -287,5 +261,5 @@ def start_weights(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, 
                 f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights "
                 f"know only their own ({other.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
             )
-    record = {"checkpoint": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    record = {"checkpoint": str(path.absolute()), "sha256": sha256_of_file(path)}
     return cfg | {"model": merged, "parent": record}, parent, tokenizer

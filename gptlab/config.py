@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import typeguard
@@ -22,11 +21,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.data.module import DataConfig
-from gptlab.manual import conf_dir
+from gptlab.manual import conf_dir, files_of, roots
 from gptlab.model import GPTConfig
 from gptlab.names import OWN_PACKAGES
 
-PACKAGE = Path(__file__).parent
 # Packages whose classes a config may name without `trust`: our own, and the parts of torch and Lightning that runs use.
 TRUSTED_TARGETS = (
     *(f"{package}." for package in OWN_PACKAGES),
@@ -77,8 +75,7 @@ class ProjectSearchPath(SearchPathPlugin):
     """Adds the current folder's own conf/ and experiments/, and then the project's experiments/."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        roots = dict.fromkeys([Path.cwd() / "conf", Path.cwd(), PACKAGE.parent])
-        for root in roots:
+        for root in roots():
             holds_words = root.name == "conf" or (root / "experiments").is_dir()
             if root.is_dir() and holds_words and root != conf_dir():
                 search_path.append("gptlab", f"file://{root}")
@@ -230,8 +227,7 @@ def groups() -> list[str]:
 
 def words_of(group: str) -> list[str]:
     """The words that a group takes, from every folder that is searched."""
-    roots = [conf_dir(), Path.cwd() / "conf", Path.cwd(), PACKAGE.parent]
-    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+    return [path.stem for path in files_of(group)]
 
 
 def model_config(node: dict[str, Any]) -> GPTConfig:

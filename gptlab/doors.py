@@ -1,14 +1,17 @@
 """What the Hydra doors share: composing, logging, sweeps, and saying what went wrong."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -19,6 +22,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from gptlab import config, manual, sweep
+from gptlab.callbacks.steps import Interrupted, Interrupts
 
 log = logging.getLogger("gptlab")
 
@@ -107,14 +111,23 @@ def report(error: BaseException, before_first_step: bool) -> int:
     error = root_of(error)
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
+    if isinstance(error, Interrupted):
+        return error.exit_code
     if explained or (before_first_step and is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT
     message = (
         str(error) if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: {error}"
     )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message += "\nfree some space, then go on with resume=<run folder>"
     fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")
     return FAILED
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """What signals do outside of training, where there is nothing to save: end in an orderly way."""
+    raise Interrupted(signum)
 
 
 def strip_key(override: str) -> str:
@@ -141,6 +154,8 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -
     if manual.answer(name, sys.argv[1:]):
         return
     quiet()
+    for signum in Interrupts.SIGNALS:
+        signal.signal(signum, interrupt)
     config.register()
     outcome = {"code": 0}
 
@@ -158,6 +173,6 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -
     try:
         hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
         outcome["code"] = outcome["code"] or sweep.summarise(show)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         outcome["code"] = report(error, before_first_step=True)
     sys.exit(outcome["code"])

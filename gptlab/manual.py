@@ -14,18 +14,38 @@ SHOWN = {  # the groups of each door, and the file of the dataclass behind a gro
     "prepare": ("data", "tokenizer"),
 }
 SCHEMAS = {"model": ("model.py", "GPTConfig"), "data": ("data/module.py", "DataConfig")}
-FOOT = """\
+FOOT = {
+    "train": """\
 usage
-  one run         python -m gptlab.{door} model=tiny trainer=gpu optimizer.lr=3e-4
-  own text        python -m gptlab.{door} data.files='[texts/**/*.txt]'
-  a sweep         python -m gptlab.{door} -m model=tiny,small seed=1,2,3
-  what would run  python -m gptlab.{door} model=small --cfg job
-More of Hydra's own options: --hydra-help. Contract of files, figures and exit codes: README.md."""
+  one run         python -m gptlab.train model=tiny trainer=gpu optimizer.lr=3e-4
+  own text        python -m gptlab.train data.files='[texts/**/*.txt]'
+  a sweep         python -m gptlab.train -m model=tiny,small seed=1,2,3
+  what would run  python -m gptlab.train model=small --cfg job
+More of Hydra's own options: --hydra-help. Files, figures and exit codes: README.md.""",
+    "prepare": """\
+usage
+  a corpus        python -m gptlab.prepare data=pysource tokenizer.vocab_size=8000
+  own text        python -m gptlab.prepare data.files='[texts/**/*.txt]' model.block_size=256
+It takes every key of train, and prepares what train would with the same ones.""",
+}
 
 
 def conf_dir() -> Path:
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def roots() -> list[Path]:
+    """Where words are looked up: here, in the user's own conf/ and experiments/, and beside the package."""
+    return list(dict.fromkeys([conf_dir(), Path.cwd() / "conf", Path.cwd(), PACKAGE.parent]))
+
+
+def files_of(group: str) -> list[Path]:
+    """The configs of a group, by word; the first folder that has a word wins."""
+    found: dict[str, Path] = {}
+    for path in (path for root in roots() for path in sorted((root / group).glob("*.yaml"))):
+        found.setdefault(path.stem, path)
+    return [found[word] for word in sorted(found)]
 
 
 def answer(door: str, arguments: list[str]) -> bool:
@@ -55,10 +75,9 @@ def manual(door: str) -> str:
             lines += list(fields_of(*SCHEMAS[group], prefix=group))
         else:
             lines += keys_of_words(group)
-    experiments = sorted(path for path in (PACKAGE.parent / "experiments").glob("*.yaml"))
-    if door == "train" and experiments:
-        lines += ["", "experiments=", *(line(path.stem, first_comment(path.read_text())) for path in experiments)]
-    return "\n".join([*lines, "", FOOT.format(door=door)])
+    if door == "train":
+        lines += ["", "experiments=", *words("experiments")]
+    return "\n".join([*lines, "", FOOT[door]])
 
 
 def first_comment(text: str) -> str:
@@ -71,7 +90,7 @@ def line(name: str, says: str | None) -> str:
 
 
 def words(group: str) -> list[str]:
-    return [line(path.stem, first_comment(path.read_text())) for path in sorted((conf_dir() / group).glob("*.yaml"))]
+    return [line(path.stem, first_comment(path.read_text())) for path in files_of(group)]
 
 
 def keys_of(text: str, prefix: str = "") -> Iterator[str]:
@@ -93,7 +112,7 @@ def keys_of(text: str, prefix: str = "") -> Iterator[str]:
 def keys_of_words(group: str) -> list[str]:
     """The keys of all words of a group, each key once."""
     found: dict[str, str] = {}
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
+    for path in files_of(group):
         for row in keys_of(path.read_text(), f"{group}."):
             found.setdefault(row.split("=")[0], row)
     return list(found.values())

@@ -1,10 +1,10 @@
 """How a run ends: its status, its exit code, and result.json with every figure, null where it was not measured."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import platform
+import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -62,10 +62,11 @@ class Outcome:
             status, message = "failed", str(doors.root_of(error))
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
             self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
-        with (
-            contextlib.suppress(OSError) if error is not None else contextlib.nullcontext()
-        ):  # a full disk is said already
+        try:
             self._leave(status, message)
+        except OSError as disk:
+            if error is None:  # otherwise it is said already
+                self.exit_code = doors.report(disk, before_first_step=False)
         return True
 
     @property
@@ -73,7 +74,10 @@ class Outcome:
         return self.watchers is not None and self.watchers.monitor.first_step_at is not None
 
     def _leave(self, status: str, message: str | None) -> None:
-        step = self.watchers.record.step if self.watchers is not None else self._before.get("step", 0)
+        if self._before.get("status") in ("completed", "interrupted", "failed") and not self.has_stepped:
+            self.folder.set_status(self._before["status"], self._before["step"], self._before.get("error"))
+            return  # what was on disk still holds
+        step = self.watchers.record.step if self.watchers is not None else 0
         self.folder.set_status(status, step, message)
         if self.watchers is not None:
             write_json(self.folder.result, self.result(status))
@@ -118,11 +122,14 @@ def config_fingerprint(cfg: dict[str, Any]) -> str:
 
 
 def code_fingerprint() -> str:
-    """The hash of the package's own source."""
+    """The hash of the source that ran: the package's own, and that of experiments."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    for name, module in sorted(sys.modules.items()):  # what a config named, and what that imported
+        if name.startswith("experiments.") and getattr(module, "__file__", None):
+            digest.update(name.encode() + b"\0" + Path(module.__file__).read_bytes())
     return digest.hexdigest()
 
 

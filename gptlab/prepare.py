@@ -4,18 +4,22 @@ from typing import Any
 
 from rich.table import Table
 
-from gptlab import assembly, doors
+from gptlab import assembly, checks, doors
 from gptlab.data.tokens import report
 
 
 def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
     """Prepare the data that a run with this config would train on, and print what it is."""
+    if faults := checks.model_faults(cfg):
+        raise ValueError("; ".join(faults))
     data = assembly.build_data(cfg)
     prepared = data.prepared
     assert prepared is not None
     rows = report(prepared, data.block_size, data.stride)
-    split = prepared.meta["split"]
-    table = Table(title=f"{name}: {data.tokenizer.vocab_size:,} tokens known, split by {split}", title_justify="left")
+    rule = {"tail": "the tail of each document", "hash": "a hash of the document", "source": "data.validation_files"}
+    held_out = rule[prepared.meta["split"]["rule"]]
+    title = f"{data.tokenizer.vocab_size:,} tokens known; validation is {held_out}"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for side in rows:
         table.add_column(side, justify="right")

@@ -1,5 +1,6 @@
 """Continuing a run: in its own folder, with its own config, from its newest checkpoint."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
     if cfg["resume"] != "auto":
         path = Path(cfg["resume"])
         if path.is_file():  # <run>/checkpoints/<name>.ckpt
+            if not (path.absolute().parent.parent / "config.yaml").is_file():
+                raise ValueError(
+                    f"resume={path}: this file is no checkpoint in a run folder; init_from takes weights alone"
+                )
             return RunFolder(path.absolute().parent.parent), path.absolute()
         if not path.is_dir():
             raise ValueError(f"resume={path}: there is no such run folder or checkpoint")
@@ -95,28 +100,46 @@ def resumed_config(
 ) -> tuple[dict[str, Any], bool]:
     """The run's own config with the overrides that it allows; and whether `seed` was given and ignored.
 
-    `composed` is what the command line makes, `overridden` the keys that it names. Raises ValueError with every other
-    override that differs, and both values.
+    `composed` is what the command line makes, `overridden` the keys that it names; "" stands for words that may set any
+    key. Raises ValueError with every other override that differs, and both values.
     """
     then, now = flat(saved), flat(composed)
-    config = OmegaConf.create(saved)
+    config = deepcopy(saved)
     faults, seed_ignored = [], False
     for key in sorted(set(then) | set(now)):
-        if is_below(key, OF_THE_COMMAND) or then.get(key) == now.get(key):
-            continue
-        if not any(is_below(key, (name,)) or name == "" for name in overridden):
+        named = [name for name in overridden if name == "" or is_below(key, (name,))]
+        if not named or is_below(key, OF_THE_COMMAND) or is_below(key, ("logger",)) or then.get(key) == now.get(key):
             continue
         if is_below(key, FREE):
-            OmegaConf.update(config, key, now.get(key), force_add=True)
-        elif key == "seed" or key == "samples.seed":
+            # A word like trainer=gpu says where to run; what else stands in its config was not asked for.
+            if key in overridden or key == "trainer.accelerator":
+                put(config, key, now[key])
+        elif key in ("seed", "samples.seed"):
             seed_ignored = True
-        else:
+        elif named != ["trainer"]:
             faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r}")
     if faults:
         raise ValueError(
             "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
             + "\n".join(faults[:10])
         )
-    content = OmegaConf.to_container(config)
-    assert isinstance(content, dict)
-    return content, seed_ignored
+    if any(is_below(name, ("logger",)) for name in overridden):
+        config["logger"] = composed["logger"]
+    lift_the_other_limit(config, overridden)
+    return config, seed_ignored
+
+
+def put(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[last] = value
+
+
+def lift_the_other_limit(config: dict[str, Any], overridden: set[str]) -> None:
+    """Whoever gives a new max_steps or max_epochs wants the run to go on until then, whatever it ended by before."""
+    steps, epochs = "trainer.max_steps" in overridden, "trainer.max_epochs" in overridden
+    if steps and not epochs:
+        config["trainer"]["max_epochs"] = None
+    if epochs and not steps:
+        config["trainer"]["max_steps"] = -1

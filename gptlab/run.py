@@ -28,7 +28,7 @@ def process_is_alive(pid: int) -> bool:
 
 
 # All that a run leaves which failed before it began.
-NOT_BEGUN = {".lock", "checkpoints", "result.json", "status.json", "train.log"}
+NOT_BEGUN = {".lock", "checkpoints", "config.yaml", "result.json", "status.json", "train.log"}
 
 
 class RunFolder:
@@ -50,13 +50,18 @@ class RunFolder:
 
     @classmethod
     def new(cls, name: str, root: Path = Path("runs")) -> "RunFolder":
-        """A folder for a new run, `<root>/<date>/<time>-<name>`, that no other run has."""
-        stem = time.strftime("%Y-%m-%d/%H-%M-%S") + f"-{name}"
-        path, count = root / stem, 1
-        while path.exists():
-            count += 1
-            path = root / f"{stem}-{count}"
-        return cls(path)
+        """Make a folder for a new run, `<root>/<date>/<time>-<name>`, that no other run has, nor takes just now."""
+        stem, count = time.strftime("%Y-%m-%d/%H-%M-%S") + f"-{name}", 1
+        while True:
+            path = root / (stem if count == 1 else f"{stem}-{count}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                count += 1
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}; choose a run_dir that can be written") from error
+            else:
+                return cls(path)
 
     def acquire(self, resume: bool) -> None:
         """Become the folder's owner. Raises ValueError if it has one, or holds files that a new run would mix with."""
@@ -104,13 +109,18 @@ class RunFolder:
     def truncate_after(self, step: int) -> None:
         """Drop the rows of metrics.csv and samples.jsonl that a resumed run, at `step`, will write again."""
         if self.metrics.exists():
-            header, *rows = self.metrics.read_text().splitlines(keepends=True) or [""]
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
+            header, *rows = whole_lines(self.metrics) or [""]
+            kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
             write_atomically(self.metrics, lambda file: file.write("".join([header, *kept]).encode()))
         if self.samples.exists():
-            lines = self.samples.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in whole_lines(self.samples) if json.loads(line)["step"] <= step]
             write_atomically(self.samples, lambda file: file.write("".join(kept).encode()))
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without a last one that was not finished. Only LF ends a line: text may hold U+2028."""
+    with open(path, newline="\n") as file:
+        return [line for line in file if line.endswith("\n")]
 
 
 def unfinished_runs(root: Path) -> list[RunFolder]:

@@ -29,11 +29,15 @@ def run_job(door: str) -> None:
     print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
     start = time.monotonic()
     command = [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={quoted(str(folder))}"]
-    process = subprocess.Popen(command, process_group=0)
     # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
-    handlers = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in FORWARDED}
+    received: list[int] = []
+    handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in FORWARDED}
+    process = subprocess.Popen(command, process_group=0)
     try:
-        exit_code = process.wait()
+        while (exit_code := process.poll()) is None:
+            while received:
+                process.send_signal(received.pop(0))
+            time.sleep(0.05)
         if -exit_code in FORWARDED:  # a signal that came before the job was able to end in its own way
             exit_code = 130 if -exit_code == signal.SIGINT else 143
     finally:

@@ -9,13 +9,13 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import yaml  # noqa: E402
-from lightning.pytorch import seed_everything  # noqa: E402
+from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 
-from gptlab import assembly, checkpoint, config, doors  # noqa: E402
+from gptlab import assembly, checkpoint, checks, config, doors  # noqa: E402
 from gptlab.data.module import TextDataModule  # noqa: E402
 from gptlab.outcome import Outcome  # noqa: E402
 from gptlab.resume import find_run, resumed_config, saved_config  # noqa: E402
-from gptlab.run import RunFolder, write_atomically  # noqa: E402
+from gptlab.run import RunFolder  # noqa: E402
 from gptlab.tokenizer import load_tokenizer  # noqa: E402
 
 log = logging.getLogger("gptlab")
@@ -28,6 +28,7 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
     """
     if cfg["resume"] is not None and cfg["init_from"] is not None:
         raise ValueError("resume continues a run and init_from starts a new one from its weights: give one of them")
+    cfg = assembly.absolute_paths(cfg)
     found = find_run(cfg) if cfg["resume"] is not None else None
     ckpt_path = None
     if found is not None:
@@ -35,10 +36,10 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
         cfg, seed_ignored = resumed_config(saved_config(folder), cfg, overridden)
         if seed_ignored:
             log.warning("seed is ignored: a resumed run keeps its own, %s", cfg["seed"])
-    else:
-        folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
     config.check_targets(cfg, config.trusted(cfg))
-    assembly.check(cfg, folder)
+    checks.check(cfg)
+    if found is None:
+        folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
     folder.acquire(resume=found is not None)
     try:
         return run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
@@ -50,13 +51,14 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
 def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: bool, ckpt_path: Path | None) -> int:
     """Build everything, train, and leave a result; the run folder is ours."""
     with doors.logging_to(folder.log), Outcome(folder, cfg, PROCESS_START) as outcome:
+        if not resumes:
+            save_config(cfg, folder)
         seed_everything(cfg["seed"], workers=True, verbose=False)
         parent = tokenizer = None
-        if cfg["init_from"] and ckpt_path is not None:  # the parent has done its part, and may be gone
+        if ckpt_path is not None:  # the run's own; what it was made from may be gone
             tokenizer = load_tokenizer(folder.tokenizer, config.trusted(cfg))
         elif cfg["init_from"]:
             cfg, parent, tokenizer = assembly.start_weights(cfg, overridden)
-        assembly.require_device(cfg["trainer"]["accelerator"])
         data = assembly.build_data(cfg, tokenizer)
         model = assembly.build_model(cfg, data.tokenizer)
         if parent is not None:
@@ -68,25 +70,29 @@ def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: b
         task = assembly.build_task(cfg, model, data.tokenizer, total_steps)
         watchers = assembly.Watchers(cfg, folder, total_steps)
         outcome.watch(task, data, watchers, cfg.get("parent"))
-        resumed_step = None
-        if resumes:  # a run that never saved starts over
-            resumed_step = 0 if ckpt_path is None else checkpoint.load(ckpt_path)["global_step"]
-            folder.truncate_after(resumed_step)
-        loggers = assembly.build_loggers(cfg["logger"], folder, resumed_step)
+        step = 0
+        state = None if ckpt_path is None else checkpoint.load(ckpt_path)
+        if state is not None:
+            step = state["global_step"]
+            log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
+        loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
-
+        if state is not None:
+            data.require_same(state[type(data).__qualname__], trainer)
+            if checkpoint.model_config(state) != model.config:
+                raise ValueError(f"{ckpt_path}: its network is not the one that {folder.config} describes")
+            if watchers.budget.is_spent(step, state["callbacks"]["Budget"]["seconds"]):
+                log.info("nothing to do: the run has ended; a larger trainer.max_steps or max_time extends it")
+                outcome.nothing_to_do()
+                return 0
+        # Nothing that was there before has been touched up to here.
+        if resumes:
+            folder.truncate_after(step)
         save_config(cfg, folder)
         data.tokenizer.save(folder.tokenizer)
         log.info(describe_data(data))
         log.info(assembly.describe_cost(model.config, data.config.batch_size, trainer.precision, config.trusted(cfg)))
-        log.info("%s steps of %s windows on %s, %s", f"{total_steps:,}", data.config.batch_size * accumulate,
-                 trainer.strategy.root_device, trainer.precision)  # fmt: skip
-        if resumed_step is not None:
-            log.info("continuing from %s, at step %s", ckpt_path or "the start", f"{resumed_step:,}")
-        if resumed_step is not None and resumed_step >= total_steps:
-            log.info("nothing to do: the run has ended at step %s; a larger trainer.max_steps extends it", resumed_step)
-            outcome.nothing_to_do()
-            return 0
+        log.info(describe_steps(cfg, total_steps, trainer))
         trainer.fit(task, data, ckpt_path=ckpt_path)
     return outcome.exit_code
 
@@ -101,9 +107,19 @@ def describe_data(data: TextDataModule) -> str:
     )
 
 
+def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> str:
+    """One line on the steps to come, and a word where the learning rate never reaches its peak."""
+    windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"] * trainer.world_size
+    line = f"{total_steps:,} steps of {windows} windows on {trainer.strategy.root_device}, {trainer.precision}"
+    warmup = cfg["schedule"].get("warmup_steps") or 0
+    if warmup >= total_steps:
+        line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"
+    return line
+
+
 def save_config(cfg: dict[str, Any], folder: RunFolder) -> None:
     text = yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True)
-    write_atomically(folder.config, lambda file: file.write(text.encode()))
+    checkpoint.write_atomically(folder.config, lambda file: file.write(text.encode()))
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ FLOORS = {
     0: "names model cache tokenizer losses optim cost",
     1: "engine checkpoint run data.corpus data.sources data.tokens data.windows",
     2: "data.module tasks.lm tasks.metrics callbacks.steps callbacks.saving callbacks.record callbacks.watching",
-    3: "manual config assembly doors outcome resume sweep train prepare __main__",
+    3: "manual config assembly checks doors outcome resume sweep train prepare __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},

@@ -1,7 +1,7 @@
 """A run that is interrupted and resumed is the run that was not: losses, samples and weights, bit for bit."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,21 +152,87 @@ def test_other_overrides_than_the_free_ones_are_refused_with_both_values(train, 
         train(run, f"resume={run}", "model.n_layer=3")
 
 
-def test_changed_data_is_refused_naming_both_fingerprints(train, tmp_path, text_file, capsys):
+def contents(run: Path) -> dict[str, bytes]:
+    """What a run has on disk, but for its log and who runs it."""
+    files = [
+        path for path in run.rglob("*") if path.is_file() and path.name not in ("train.log", "status.json", ".lock")
+    ]
+    return {str(path): path.read_bytes() for path in files}
+
+
+def test_changed_data_is_refused_naming_both_fingerprints_and_nothing_is_lost(train, tmp_path, text_file, capsys):
     run = tmp_path / "run"
-    assert train(run, "trainer.max_steps=2") == 0
+    assert train(run, "trainer.max_steps=2", "samples.every_steps=1") == 0
+    before, old = contents(run), json.loads((run / "result.json").read_text())["fingerprints"]["data"]
     text_file.write_text(text_file.read_text() + "More text.\n")
     assert train(run, f"resume={run}", "trainer.max_steps=4") == 2
-    message = capsys.readouterr().err
-    fingerprint = json.loads((run / "result.json").read_text())["fingerprints"]["data"]
-    assert message.count("fingerprint") >= 1
-    assert fingerprint in message or "fingerprint" in message
+    found = re.findall(r"\b[0-9a-f]{64}\b", capsys.readouterr().err)
+    assert old in found
+    assert len(set(found)) == 2
+    assert contents(run) == before
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("completed", 2)
+
+
+def test_a_word_for_the_device_changes_where_a_run_goes_on_and_nothing_else(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=3", "trainer.accumulate_grad_batches=2") == 0
+    assert train(run, f"resume={run}", "trainer=cpu", "trainer.max_steps=5") == 0
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], result["train_tokens"]) == (5, 5 * 2 * 4 * 16)
+
+
+def test_another_logger_may_go_on_with_a_run(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    assert train(run, f"resume={run}", "logger=tensorboard", "trainer.max_steps=4") == 0
+    assert list((run / "tensorboard").glob("events*"))
+    assert train(run, f"resume={run}", "logger=csv", "trainer.max_steps=5") == 0
+
+
+def test_either_limit_extends_a_run_that_ended_by_the_other(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_epochs=1", "trainer.max_steps=-1", "data.batch_size=64") == 0
+    steps = json.loads((run / "result.json").read_text())["steps"]
+    assert train(run, f"resume={run}", f"trainer.max_steps={steps + 2}") == 0
+    assert json.loads((run / "result.json").read_text())["steps"] == steps + 2
+    assert train(run, f"resume={run}", "trainer.max_epochs=3") == 0
+    assert json.loads((run / "result.json").read_text())["steps"] == 3 * steps
+
+
+def test_a_spent_budget_of_time_is_nothing_to_do(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=100000", "max_time=0.2") == 0
+    steps = json.loads((run / "result.json").read_text())["steps"]
+    assert train(run, f"resume={run}") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert json.loads((run / "result.json").read_text())["steps"] == steps
+
+
+def test_odd_line_separators_in_samples_do_not_break_a_resume(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, *RUN, "trainer.max_steps=4") == 0
+    odd = json.dumps({"step": 2, "prompt": "", "text": "a\u2028b\u0085c\u2029"}, ensure_ascii=False) + "\n"
+    (run / "samples.jsonl").write_text(odd + '{"step": 4, "half a li')
+    assert train(run, f"resume={run}", "trainer.max_steps=6") == 0
+    assert (run / "samples.jsonl").read_text().startswith(odd)
+    assert "half" not in (run / "samples.jsonl").read_text()
+
+
+def test_a_run_on_relative_paths_resumes_from_another_folder(tmp_path, text_file):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    first = door("train", *SMALL, f"data.files={text_file.name}", "run_dir=here", "trainer.max_steps=2", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = door("train", f"resume={tmp_path / 'here'}", "trainer.max_steps=4", cwd=elsewhere)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_signals_save_and_exit_and_the_run_resumes_exactly(train, tmp_path, text_file, signum, code):
     options = (*SMALL, f"data.files={text_file}", *RUN, "trainer.max_steps=2000", "checkpoint.every_steps=500")
     options = (*options, "samples.every_steps=1000", "validation.every_steps=500", "checkpoint.keep_last=0")
+    options = (*options, "schedule=constant")
     whole, part = tmp_path / "whole", tmp_path / "part"
     process = subprocess.Popen(
         [sys.executable, "-m", "gptlab.train", *options, f"run_dir={part}"], stdout=subprocess.PIPE, text=True
@@ -184,13 +250,14 @@ def test_signals_save_and_exit_and_the_run_resumes_exactly(train, tmp_path, text
     at = torch.load(part / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert at == status["step"] < 2000
 
-    end = at + 7
+    end = at + 7  # the schedule of both looks at this end from `at` on, so only a constant one is the same before
     resumed = door("train", f"resume={part}", f"trainer.max_steps={end}")
     assert resumed.returncode == 0, resumed.stderr
-    whole_run = door("train", *options, f"run_dir={whole}", f"trainer.max_steps={end}", "schedule=cosine")
+    whole_run = door("train", *options, f"run_dir={whole}", f"trainer.max_steps={end}")
     assert whole_run.returncode == 0, whole_run.stderr
-    assert os.path.getsize(whole / "metrics.csv") > 0
-    assert [row.split(",")[0] for row in rows(whole)] == [row.split(",")[0] for row in rows(part)]
+    assert rows(whole) == rows(part)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(part)[name]), name
 
 
 def test_init_from_takes_weights_network_and_tokenizer_and_starts_anew(train, tmp_path):
@@ -217,3 +284,18 @@ def test_init_from_refuses_another_network(train, tmp_path, capsys):
     cfg = ("model.n_layer=3", f"init_from={parent}")
     assert train(tmp_path / "child", *cfg, "trainer.max_steps=1") == 2
     assert "model.n_layer=3 contradicts" in capsys.readouterr().err
+
+
+def test_a_signal_before_training_ends_in_an_orderly_way_too(tmp_path, text_file):
+    """While data is being read, say: nothing to save, but the status and the exit code tell."""
+    run = tmp_path / "run"
+    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=100000", f"run_dir={run}")
+    process = subprocess.Popen([sys.executable, "-m", "gptlab.train", *options], stdout=subprocess.PIPE, text=True)
+    while not (run / "status.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
+    assert door("train", f"resume={run}", "trainer.max_steps=2").returncode == 0

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gptlab.callbacks.saving import require_finite
 from gptlab.callbacks.steps import Budget, StepCallback
+from gptlab.checkpoint import write_atomically
 from gptlab.cost import count_parameters, flops_per_token, peak_tflops
 from gptlab.run import RunFolder
 
@@ -28,7 +29,7 @@ COLUMNS = (
 
 
 class MetricsFile(Logger):
-    """One row a logged step in a CSV file, which any reader finds whole at any moment."""
+    """One row a logged step in a CSV file; figures that come later for the same step join its row."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -54,7 +55,8 @@ class MetricsFile(Logger):
             self.path.write_text(self._line(dict(zip(self._columns, self._columns, strict=True))))
         if self._row.get("step") != step:
             self._row, self._row_start = {"step": step}, self.path.stat().st_size
-            self._columns = next(csv.reader([self.path.read_text().split("\n", 1)[0]]))
+            with open(self.path, newline="") as file:
+                self._columns = next(csv.reader(file))
         self._row |= metrics
         if new := [name for name in self._row if name not in self._columns]:
             self._widen(new)
@@ -69,7 +71,7 @@ class MetricsFile(Logger):
             rows = [row for row in csv.DictReader(file) if row["step"] != str(self._row["step"])]
         self._columns += new
         text = self._line(dict(zip(self._columns, self._columns, strict=True))) + "".join(map(self._line, rows))
-        self.path.write_text(text)
+        write_atomically(self.path, lambda file: file.write(text.encode()))
         self._row_start = len(text.encode())
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -95,6 +97,8 @@ class Monitor(StepCallback):
         self.rates: list[float] = []  # tokens a second of each interval without a validation
         self.first_step_at: float | None = None
         self.learning_rate: float | None = None  # of the last step; the optimizer holds that of the next one by now
+        self.logged_step = -1
+        self.mfu: float | None = None  # at the median rate
         self._mark: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
@@ -123,8 +127,9 @@ class Monitor(StepCallback):
             self.rates.append(rate)
             self.figures["train/tokens_per_second"] = rate
             if self.peak is not None:
-                self.figures["train/mfu"] = rate * self._flops / (self.peak * 1e12 * trainer.world_size)
-        self._mark = (now, step)
+                share = self._flops / (self.peak * 1e12 * trainer.world_size)
+                self.figures["train/mfu"], self.mfu = rate * share, statistics.median(self.rates) * share
+        self._mark, self.logged_step = (now, step), step
         self.figures["train/learning_rate"] = self.learning_rate
         logged = {"epoch": trainer.current_epoch, "seconds": round(self.budget.seconds, 3), **self.figures}
         for logger in trainer.loggers:
@@ -142,10 +147,10 @@ class Monitor(StepCallback):
         return statistics.median(self.rates) if self.rates else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"figures": self.figures}
+        return {"figures": self.figures, "rates": self.rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.figures = state["figures"]
+        self.figures, self.rates = state["figures"], state["rates"]
 
 
 def peak_rss_mb() -> float:
@@ -166,9 +171,9 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def hardware() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "processor": processor_name(), "threads": torch.get_num_threads()}
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "processor": processor_name(), "threads": torch.get_num_threads()}
 
 
 class RunRecord(StepCallback):
@@ -181,10 +186,12 @@ class RunRecord(StepCallback):
         self.history: list[dict[str, Any]] = []
         self.validation: dict[str, float] = {}
         self.step, self.epochs, self.tokens = 0, 0.0, 0
+        self.device = torch.device("cpu")
         self._written = 0.0
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
+        self.device = task.device  # Lightning moves the network back before anybody asks
         self._write_status(trainer.global_step)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
@@ -235,12 +242,12 @@ class RunRecord(StepCallback):
             "seconds": round(self.budget.seconds, 3),
             "tokens_per_second": finite(self.monitor.tokens_per_second),
             "peak_rss_mb": round(peak_rss_mb(), 1),
-            "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
-            "mfu": finite(figures.get("train/mfu")),
+            "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else None,
+            "mfu": finite(self.monitor.mfu),
             "floor_bits_per_byte": None,
             "excess_bits_per_byte": None,
             "history": self.history,
-            "hardware": hardware(),
+            "hardware": hardware(self.device),
         }
 
 

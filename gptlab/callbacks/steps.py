@@ -65,8 +65,11 @@ class Budget(StepCallback):
         super().on_train_start(trainer, task)
         self._start = time.perf_counter()
 
+    def is_spent(self, step: int, seconds: float) -> bool:
+        return step >= self.total_steps or (self.max_time_s is not None and seconds >= self.max_time_s)
+
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        if step >= self.total_steps or (self.max_time_s is not None and self.seconds >= self.max_time_s):
+        if self.is_spent(step, self.seconds):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
@@ -82,7 +85,7 @@ class Budget(StepCallback):
         self.seconds_before = state["seconds"]
 
 
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
+class Interrupted(BaseException):  # a request and no error: what catches errors, a compiler say, must let it pass
     """Somebody asked the run to end: Ctrl-C (SIGINT), SIGTERM, or SIGUSR1 as SLURM sends it before the time is up."""
 
     def __init__(self, signum: int):
@@ -106,7 +109,7 @@ class Interrupts(StepCallback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum == signal.SIGINT == signum:
-            raise KeyboardInterrupt
+            raise Interrupted(signum)
         self.signum = signum
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:

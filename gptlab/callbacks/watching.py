@@ -136,8 +136,8 @@ class Alerts(StepCallback):
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         figures = self.monitor.figures
         loss, norm = figures.get("train/loss"), figures.get("train/gradient_norm")
-        if self.monitor._mark is None or self.monitor._mark[1] != step or loss is None or norm is None:
-            return  # nothing was logged at this step
+        if self.monitor.logged_step != step or loss is None or norm is None:
+            return
         uniform = math.log(task.model.config.vocab_size)
         if step >= 300 and loss > 0.95 * uniform:
             advice = (

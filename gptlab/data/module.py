@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from gptlab.data.corpus import Files, Source
 from gptlab.data.tokens import Prepared, cache_dir, prepare
@@ -53,7 +53,9 @@ class TextDataModule(LightningDataModule):
         self.prepared: Prepared | None = None
 
     def prepare_data(self) -> None:
-        """Build tokenizer and token files, or find them in the cache."""
+        """Build tokenizer and token files, or find them in the cache; once, since finding them reads all the text."""
+        if self.prepared is not None:
+            return
         held_out = self.config.validation_files
         self.prepared = prepare(
             self.source,
@@ -114,11 +116,10 @@ class TextDataModule(LightningDataModule):
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, trainer: Trainer) -> dict[str, Any]:
         """What must be the same for a run to continue: the text, and all that its order follows from."""
         assert self.prepared is not None
-        trainer = self.trainer
-        step = self.config.batch_size * (trainer.world_size * trainer.accumulate_grad_batches if trainer else 1)
+        step = self.config.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         return {
             "fingerprint": self.prepared.fingerprint,
             "block_size": self.block_size,
@@ -128,10 +129,16 @@ class TextDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return self.identity()
+        assert self.trainer is not None
+        return self.identity(self.trainer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, now in self.identity().items():
+        assert self.trainer is not None
+        self.require_same(state, self.trainer)
+
+    def require_same(self, state: dict[str, Any], trainer: Trainer) -> None:
+        """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
+        for name, now in self.identity(trainer).items():
             if state[name] != now:
                 raise ValueError(
                     f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "

@@ -24,10 +24,17 @@ class TokenMetrics(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "TokenMetrics":
         """Go where the task goes, but stay float64: trainer.precision=bf16-true would round the sums to 8 bits."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=tensor.device)).device
+            return tensor if device.type == "mps" and tensor.dtype == torch.float64 else tensor.to(device)
+
+        return super()._apply(move, exclude_state)
 
     def update(self, nll: Tensor, predictions: Tensor, targets: Tensor, loss_mask: Tensor) -> None:
         """Add a batch: nll in nats, predicted and true ids, and which of them count, all (B, T)."""
+        # To where the sums are: the device itself, or the CPU for MPS, which has no float64.
+        nll, predictions, targets, loss_mask = (x.to(self.nll.device) for x in (nll, predictions, targets, loss_mask))
         self.token_bytes = self.token_bytes.to(targets.device)
         keep = loss_mask.double()
         self.nll += (nll.double() * keep).sum()
