@@ -359,7 +359,7 @@ class History:
     def train(self, loss: float, norm: float = 1.0, step: int | None = None) -> None:
         self.step = self.step + 1 if step is None else step
         self.monitor.figures |= {"train/loss": loss, "train/gradient_norm": norm}
-        self.monitor._mark = (0.0, self.step)
+        self.monitor.logged_step = self.step
         task = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=1000)))
         self.alerts.on_step_end(SimpleNamespace(), task, self.step)
 
@@ -418,7 +418,7 @@ def test_alert_is_not_repeated_at_once_and_stale_figures_raise_none():
         history.train(2.0)
     history.train(4.0)
     assert history.kinds == ["spike", "spike"]
-    history.monitor._mark = (0.0, 0)  # nothing was logged at the next step
+    history.monitor.logged_step = 0  # nothing was logged at the next step
     history.monitor.figures["train/gradient_norm"] = 1e9
     history.alerts.on_step_end(SimpleNamespace(), SimpleNamespace(), 5000)
     assert history.kinds == ["spike", "spike"]

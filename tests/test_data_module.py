@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -120,12 +121,13 @@ def test_another_identity_is_refused_with_both_values(text_file, name, options):
     one, other = module(str(text_file)), module(str(text_file), **options)
     for data in (one, other):
         data.setup()
-    state = one.state_dict()
-    one.load_state_dict(json.loads(json.dumps(state)))
+    trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    state = one.identity(trainer)
+    one.require_same(json.loads(json.dumps(state)), trainer)
     with pytest.raises(ValueError, match=name) as refusal:
-        other.load_state_dict(state)
+        other.require_same(state, trainer)
     assert str(state[name]) in str(refusal.value)
-    assert str(other.state_dict()[name]) in str(refusal.value)
+    assert str(other.identity(trainer)[name]) in str(refusal.value)
     assert "init_from" in str(refusal.value)
 
 
