@@ -51,9 +51,14 @@ def run_job(door: str) -> None:
 
 
 def job_name(number: int, varied: list[str]) -> str:
-    """A folder name that tells the jobs apart: 3_model-tiny_seed-2."""
-    words = [re.sub(r"[^\w.]+", "-", override.lstrip("+~")).strip("-") for override in varied]
-    return "_".join([str(number), *words])[:80]
+    """A folder name that tells the jobs apart: 3_attention-MyAttention_seed-2 of model.attention=mine.MyAttention."""
+    words = [str(number)]
+    for override in varied:
+        key, _, value = override.partition("=")
+        if re.fullmatch(r"[A-Za-z_][\w.]*", value):
+            value = value.rpartition(".")[2]
+        words.append(re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-"))
+    return "_".join(words)[:80]
 
 
 def quoted(value: str) -> str:
