@@ -89,13 +89,17 @@ def describe_cost(node: GPTConfig, batch_size: int, precision: str, trust: tuple
     )
 
 
+def device_type(accelerator: str) -> str:
+    """The kind of device, cuda, mps or cpu, that Lightning's word means on this machine."""
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and accelerator in ("auto", "gpu", "mps") else "cpu"
+
+
 def has_bf16(accelerator: str) -> bool:
     """Whether the device computes in bfloat16 itself, rather than emulating it."""
-    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    if on_gpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
-        return False
+    if (device := device_type(accelerator)) != "cpu":
+        return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     processor = torch.cpu
     return any(getattr(processor, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
@@ -105,9 +109,8 @@ def wants_compile(word: Any, accelerator: str) -> bool:
         raise ValueError(f"compile={word!r} is none of auto, true, false")
     if word != "auto":
         return word
-    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++")) and platform.system() == "Linux"
-    return on_gpu or has_compiler
+    return device_type(accelerator) == "cuda" or has_compiler
 
 
 def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:
@@ -194,6 +197,10 @@ def build_trainer(
 ) -> Trainer:
     """Lightning's Trainer, all of whose intervals count optimizer steps."""
     node = dict(cfg["trainer"])
+    if not node["deterministic"] and device_type(node["accelerator"]) == "cpu":
+        # So that a resumed run is the uninterrupted one: compiled embeddings otherwise add up in any order of threads.
+        node["deterministic"] = "warn"
+        torch.utils.deterministic.fill_uninitialized_memory = False
     require_device(node["accelerator"])
     if node["precision"] == "auto":
         node["precision"] = "bf16-mixed" if has_bf16(node["accelerator"]) else "32-true"

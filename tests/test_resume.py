@@ -299,3 +299,34 @@ def test_a_signal_before_training_ends_in_an_orderly_way_too(tmp_path, text_file
     assert process.returncode == 143
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
     assert door("train", f"resume={run}", "trainer.max_steps=2").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_run_on_two_threads_repeats_and_resumes_exactly(tmp_path, text_file):
+    """Compiled kernels may add up in the order in which threads finish, unless they are told not to."""
+    size = "model.n_embd=64 model.n_layer=2 model.n_head=2 model.block_size=64 data.batch_size=16 tokenizer=byte"
+    options = (
+        *size.split(),
+        f"data.files={text_file}",
+        "compile=true",
+        "trainer=cpu",
+        "model.dropout=0.1",
+        "logger=csv",
+    )
+    options = (
+        *options,
+        "validation.every_steps=20",
+        "log.every_steps=5",
+        "schedule=constant",
+        "samples.every_steps=null",
+    )
+    one, two, part = tmp_path / "one", tmp_path / "two", tmp_path / "part"
+    commands = [(*options, f"run_dir={run}", "trainer.max_steps=60") for run in (one, two)]
+    commands += [(*options, f"run_dir={part}", "trainer.max_steps=33"), (f"resume={part}", "trainer.max_steps=60")]
+    for command in commands:
+        done = door("train", *command, OMP_NUM_THREADS="2")
+        assert done.returncode == 0, done.stderr
+    for other in (two, part):
+        for name, tensor in weights(one).items():
+            assert torch.equal(tensor, weights(other)[name]), (other.name, name)
+    assert rows(one) == rows(two)

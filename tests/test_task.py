@@ -264,3 +264,25 @@ def test_compiled_losses_equal_those_of_eager_and_nothing_is_compiled_after_the_
     assert counters["stats"]["unique_graphs"] == graphs[-1]
     result = json.loads((tmp_path / "true/result.json").read_text())
     assert result["seconds_to_compile"] > result["seconds"]
+
+
+def test_metrics_stay_on_the_cpu_where_a_device_has_no_float64():
+    """As on MPS: moving a float64 tensor there raises; the sums must stay behind and still take batches from there."""
+    from gptlab.tasks.metrics import TokenMetrics
+
+    class Elsewhere:
+        """What a move to the device gives for an empty tensor, in the one respect that counts."""
+
+        device = torch.device("mps")
+
+    def move(tensor: torch.Tensor) -> Elsewhere:
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return Elsewhere()
+
+    metrics = TokenMetrics(torch.ones(7, dtype=torch.float64))
+    metrics._apply(move)
+    assert metrics.nll.device.type == "cpu"
+    tokens = torch.tensor([[1, 2, 3]])
+    metrics.update(torch.ones(1, 3), tokens, tokens, torch.tensor([[True, True, False]]))
+    assert metrics.compute()["loss"] == 1.0
