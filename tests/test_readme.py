@@ -102,3 +102,12 @@ def test_the_wheel_carries_configs_and_experiments_and_runs_anywhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (site / "gptlab/conf/train.yaml").exists()
     assert list(elsewhere.glob("runs/*/*-sliding_window/checkpoints/last.ckpt"))
+
+
+def test_nothing_is_left_to_be_filled_in():
+    pages = [
+        REPOSITORY / "README.md",
+        *(REPOSITORY / "experiments").glob("*/README.md"),
+        *(REPOSITORY / "docs").glob("*.md"),
+    ]
+    assert [str(page) for page in pages if re.search(r"@[A-Z]+@", page.read_text())] == []

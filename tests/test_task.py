@@ -273,7 +273,7 @@ def test_metrics_stay_on_the_cpu_where_a_device_has_no_float64():
     class Elsewhere:
         """What a move to the device gives for an empty tensor, in the one respect that counts."""
 
-        device = torch.device("mps")
+        device, dtype = torch.device("mps"), torch.float32
 
     def move(tensor: torch.Tensor) -> Elsewhere:
         if tensor.dtype == torch.float64:

@@ -26,8 +26,10 @@ class TokenMetrics(Metric):
         """Go where the task goes, but stay float64: trainer.precision=bf16-true would round the sums to 8 bits."""
 
         def move(tensor: Tensor) -> Tensor:
+            if tensor.dtype != torch.float64:
+                return fn(tensor)
             device = fn(torch.empty(0, device=tensor.device)).device
-            return tensor if device.type == "mps" and tensor.dtype == torch.float64 else tensor.to(device)
+            return tensor if device.type == "mps" else tensor.to(device)
 
         return super()._apply(move, exclude_state)
 
