@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from gptlab import assembly, checks, doors
-from gptlab.data.tokens import report
+from gptlab.data.windows import report
 
 
 def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:

@@ -16,7 +16,8 @@ import pytest
 
 from gptlab.data import tokens
 from gptlab.data.corpus import Document, Files, Source
-from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare, report
+from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare
+from gptlab.data.windows import report
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 
 fork = multiprocessing.get_context("fork")  # a child starts with this module's patches, and in no time
@@ -116,13 +117,10 @@ def test_a_sentencepiece_tokenizer_is_trained_with_its_settings_and_kept(corpus,
 
 
 def test_a_given_tokenizer_is_used_as_it_is(corpus, tmp_path):
-    CharTokenizer("<>a").save(tmp_path / "mine")
-    prepared = build(corpus(1), tmp_path, None, tokenizer_path=tmp_path / "mine")
+    prepared = build(corpus(1), tmp_path, CharTokenizer("<>a"))
     assert prepared.tokenizer.characters == "<>a"
     assert prepared.meta["splits"]["train"]["coverage"] < 1
     assert build(corpus(1), tmp_path, prepared.tokenizer).folder == prepared.folder
-    with pytest.raises(ValueError, match=r"data has no tokenizer"):
-        build(corpus(1), tmp_path, None)
 
 
 def test_validation_files_leave_all_of_the_source_for_training(corpus, tmp_path):
@@ -339,9 +337,8 @@ def test_report_counts_windows_as_they_fall(corpus, tmp_path, block_size, stride
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     characters = "".join(map(chr, [*range(0x4E00, 0xD800), *range(0xE000, 0xFFFF), *range(0x10000, 0x1A000)]))
-    CharTokenizer(characters).save(tmp_path / "wide")
     (tmp_path / "a.txt").write_text(characters[-100:], encoding="utf-8")
-    prepared = build(Files(f"{tmp_path}/a.txt"), tmp_path, None, tokenizer_path=tmp_path / "wide")
+    prepared = build(Files(f"{tmp_path}/a.txt"), tmp_path, CharTokenizer(characters))
     assert prepared.meta["dtype"] == "<u4"
     assert prepared.train[0] == N_SPECIAL + len(characters) - 100
     assert "".join(texts(prepared.train, prepared.tokenizer)) == characters[-100:-10]

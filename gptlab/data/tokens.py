@@ -110,32 +110,23 @@ def open_prepared(folder: Path, trust: tuple[str, ...] = ()) -> Prepared:
 
 def prepare(
     source: Source,
-    build_tokenizer: Callable[..., Tokenizer] | Tokenizer | None,
+    tokenizer: Tokenizer | Callable[..., Tokenizer],
     *,
     validation_source: Source | None = None,
     validation_fraction: float,
     cache: Path,
-    tokenizer_path: Path | None = None,
-    trust: tuple[str, ...] = (),
 ) -> Prepared:
     """Split the source, get the tokenizer, and encode both sides, unless `cache` has the result already.
 
-    The tokenizer is the one at `tokenizer_path`, or else `build_tokenizer`: a tokenizer, or a partial of some
-    `Tokenizer.train`, which then learns from the training text alone. With a `validation_source`, all of `source` is
-    for training. Any number of processes may call this at once, and die at any time: one builds, the others wait, and
-    no half of a file is used.
+    `tokenizer` is one, or a partial of some `Tokenizer.train`, which then learns from the training text alone. With a
+    `validation_source`, all of `source` is for training. Any number of processes may call this at once, and die at any
+    time: one builds, the others wait, and no half of a file is used.
     """
     text = _SplitText(source, validation_source, validation_fraction)
     cache = Path(cache)
-    if tokenizer_path is not None:
-        tokenizer = load_tokenizer(tokenizer_path, trust)
-    elif isinstance(build_tokenizer, Tokenizer):
-        tokenizer = build_tokenizer
-    elif build_tokenizer is not None:
-        tokenizer = _trained_tokenizer(text, build_tokenizer, cache / "tokenizers")
-    else:
-        raise ValueError("data has no tokenizer: choose how to build one, or give tokenizer_path")
-    trust = (*trust, type(tokenizer).__module__.split(".")[0])  # its code runs already
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = _trained_tokenizer(text, tokenizer, cache / "tokenizers")
+    trust = (type(tokenizer).__module__.split(".")[0],)  # its code runs already
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
     return _once(
@@ -143,25 +134,6 @@ def prepare(
         load=lambda folder: open_prepared(folder, trust),
         build=lambda folder: _build(folder, text, tokenizer, dtype),
     )
-
-
-def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict]:
-    """What each side holds, as the rows of a table: sizes, compression, coverage, and windows of `block_size`.
-
-    Training windows start `stride` tokens apart and have one token more than `block_size`, the last target; the dropped
-    tail is what the last one leaves. Validation windows are side by side, and the last may be shorter: none is dropped.
-    """
-    rows = {}
-    for side in SIDES:
-        split = prepared.meta["splits"][side]
-        rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage")}
-        rows[side]["bytes_per_token"] = split["bytes"] / split["tokens"]
-    n = len(prepared.train)
-    windows = (n - block_size - 1) // stride + 1 if n > block_size else 0
-    covered = (windows - 1) * stride + block_size + 1 if windows else 0
-    rows["train"] |= {"windows": windows, "dropped_tokens": max(n - covered, 0)}
-    rows["validation"] |= {"windows": -(-(len(prepared.validation) - 1) // block_size), "dropped_tokens": 0}
-    return rows
 
 
 class _SplitText:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptlab.data.tokens import TokenFile
+from gptlab.data.tokens import Prepared, TokenFile
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
@@ -48,6 +48,24 @@ class WindowDataset(Dataset):
         inside = (at >= 0) & (at < len(self.tokens)) & (np.asarray(indices)[:, None] >= 0)
         windows = torch.from_numpy(self.tokens[np.where(inside, at, 0)].astype(np.int64))
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": torch.from_numpy(inside[:, 1:])}
+
+
+def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[str, Any]]:
+    """What each side holds, as the rows of a table: sizes, compression, coverage, and windows of `block_size`.
+
+    Training windows start `stride` tokens apart, and what the last one leaves is dropped. Validation windows stand side
+    by side, and the last may be shorter: none is dropped.
+    """
+    train = WindowDataset(prepared.train, block_size, stride)
+    validation = WindowDataset(prepared.validation, block_size, block_size, keep_tail=True)
+    unseen = train.tail_tokens if train.whole else len(prepared.train)
+    rows: dict[str, dict[str, Any]] = {}
+    for side, windows, dropped in (("train", train, unseen), ("validation", validation, 0)):
+        split = prepared.meta["splits"][side]
+        rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage")}
+        rows[side] |= {"bytes_per_token": split["bytes"] / split["tokens"]}
+        rows[side] |= {"windows": len(windows), "dropped_tokens": dropped}
+    return rows
 
 
 def permute(positions: np.ndarray, count: int, key: str) -> np.ndarray:
