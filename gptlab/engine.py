@@ -28,10 +28,12 @@ def generate(
     top_k: int | None,
     seed: int,
     stop_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The ids that follow `prompt` (T,), up to and without `stop_id`. Same seed, same ids; torch's own is not touched.
 
-    When the context is full, it goes on with its newer half.
+    When the context is full, it goes on with its newer half. `vocab_size` keeps to the ids that a tokenizer knows,
+    where the network has room for more.
     """
     ids, count = prompt.tolist(), len(prompt)
     if not ids:
@@ -48,7 +50,7 @@ def generate(
                 cache.clear()
                 pending = ids[-max(1, block_size // 2) :]
             # .forward: a compiled network would be compiled again for every new shape
-            logits = model.forward(torch.tensor([pending], device=device), cache=cache)[:, -1]
+            logits = model.forward(torch.tensor([pending], device=device), cache=cache)[:, -1, :vocab_size]
             token = int(sample(logits, temperature, top_k, generator))
             if token == stop_id:
                 break

@@ -440,3 +440,12 @@ def test_alerts_go_into_the_result_and_survive_a_checkpoint(train, tmp_path):
     options = (f"data.validation_files={held_out}", "validation.every_steps=10", "optimizer.lr=0.02")
     assert train(run, "trainer.max_steps=100", *options) == 0
     assert "overfitting" in [alert["kind"] for alert in result(run)["alerts"]]
+
+
+def test_samples_keep_to_the_tokenizer_where_the_network_has_room_for_more(train, tmp_path):
+    """As with model=gpt2, whose 50,257 rows are more than a small tokenizer knows."""
+    run = tmp_path / "run"
+    assert (
+        train(run, "model.vocab_size=5000", "trainer.max_steps=2", "samples.every_steps=1", "samples.top_k=null") == 0
+    )
+    assert len((run / "samples.jsonl").read_text().splitlines()) >= 4

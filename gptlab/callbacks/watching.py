@@ -110,6 +110,7 @@ class Samples(StepCallback):
             top_k=self.top_k,
             seed=self.seed,
             stop_id=EOS_ID,
+            vocab_size=task.tokenizer.vocab_size,
         )
         return task.tokenizer.decode(new)
 
