@@ -42,6 +42,8 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
         folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
     folder.acquire(resume=found is not None)
     try:
+        if found is None:  # before there is a status: what has one can be resumed
+            save_config(cfg, folder)
         return run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
     finally:
         folder.release()
@@ -51,8 +53,6 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
 def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: bool, ckpt_path: Path | None) -> int:
     """Build everything, train, and leave a result; the run folder is ours."""
     with doors.logging_to(folder.log), Outcome(folder, cfg, PROCESS_START) as outcome:
-        if not resumes:
-            save_config(cfg, folder)
         seed_everything(cfg["seed"], workers=True, verbose=False)
         parent = tokenizer = None
         if ckpt_path is not None:  # the run's own; what it was made from may be gone

@@ -97,7 +97,7 @@ def composed(monkeypatch, capfd):
             def __init__(self, command, **_):
                 commands.append(command[3:])
 
-            def wait(self):
+            def poll(self):
                 return left.pop(0) if left else 0
 
         monkeypatch.setattr(sweep, "_jobs", [])
