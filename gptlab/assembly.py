@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 
 from gptlab import checkpoint, config, cost
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
-from gptlab.callbacks.watching import Alerts, ConsoleLines, Samples
+from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
 from gptlab.data.tokens import sha256_of_file
 from gptlab.model import GPT, GPTConfig
@@ -188,7 +187,7 @@ class Watchers:
             self.record,
             self.checkpoints,
             Interrupts(self.checkpoints.save_last),
-            *([RichProgressBar(leave=False)] if on_terminal else []),
+            *([ProgressBar(self.monitor, self.budget)] if on_terminal else []),
         ]
 
 
@@ -212,7 +211,7 @@ def build_trainer(
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run_dir,
         enable_checkpointing=False,
-        enable_progress_bar=on_terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,

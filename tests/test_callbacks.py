@@ -1,15 +1,20 @@
 """What happens around training: when it ends, what is saved, what is recorded, and what a person is told."""
 
+import contextlib
 import csv
 import json
 import math
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prose
+from conftest import SMALL, prose
 
 from gptlab import checkpoint
 from gptlab.callbacks.record import MetricsFile, Monitor
@@ -449,3 +454,24 @@ def test_samples_keep_to_the_tokenizer_where_the_network_has_room_for_more(train
         train(run, "model.vocab_size=5000", "trainer.max_steps=2", "samples.every_steps=1", "samples.top_k=null") == 0
     )
     assert len((run / "samples.jsonl").read_text().splitlines()) >= 4
+
+
+def test_a_terminal_has_a_progress_bar_of_steps_and_a_file_has_plain_lines(tmp_path, text_file):
+    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=30", "validation.every_steps=10")
+    command = [sys.executable, "-m", "gptlab.train", *options]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*command, "run_dir=seen"], stdout=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end, as a terminal tells it
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"step\s+30/30", text)
+    assert re.search(r"epoch 1/\d+  step 20  train", text)
+    assert text.split()[-2] == "run:"
+
+    plain = subprocess.run([*command, "run_dir=plain"], capture_output=True, text=True, check=True).stdout
+    assert "\x1b" not in plain
+    assert "30/30" not in plain

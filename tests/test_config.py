@@ -122,7 +122,7 @@ FLOORS = {
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
     1: {"torch", "numpy", "filelock", "pooch"},
-    2: {"torch", "numpy", "lightning", "torchmetrics"},
+    2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
     3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -134,7 +134,7 @@ class Monitor(StepCallback):
         logged = {"epoch": trainer.current_epoch, "seconds": round(self.budget.seconds, 3), **self.figures}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
-        task.log("loss", self.figures["train/loss"], prog_bar=True, logger=False)
+        task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         self._mark = None

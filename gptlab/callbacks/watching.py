@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.steps import Budget, StepCallback
@@ -49,6 +50,33 @@ class ConsoleLines(Callback):
             f"{self.budget.seconds:.0f} s",
         ]
         log.info("  ".join(parts))
+
+
+class ProgressBar(StepCallback):
+    """The last line of a terminal: optimizer steps done of the whole run, the loss, and the time left."""
+
+    def __init__(self, monitor: Monitor, budget: Budget):
+        self.monitor, self.budget = monitor, budget
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[loss]}"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        super().on_train_start(trainer, task)
+        if trainer.is_global_zero:
+            total, step = self.budget.total_steps, trainer.global_step
+            self._bar = self._progress.add_task("step", total=total, completed=step, loss="")
+            self._progress.start()
+
+    def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
+        if trainer.is_global_zero:
+            loss = self.monitor.figures.get("train/loss")
+            self._progress.update(self._bar, completed=step, loss="" if loss is None else f"train {loss:.3f}")
+
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        self._progress.stop()
+
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        self._progress.stop()
 
 
 class Samples(StepCallback):
