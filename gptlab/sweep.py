@@ -24,7 +24,8 @@ def run_job(door: str) -> None:
         return  # whoever stopped that job wants the sweep to end
     hydra_config = HydraConfig.get()
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
-    varied = [override for override in overrides if override not in sys.argv]  # what tells this job from the others
+    typed = {word.lower() for word in sys.argv}  # Hydra writes compile=False where compile=false was typed
+    varied = [override for override in overrides if override.lower() not in typed]  # what tells this job apart
     folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, varied)
     print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
     start = time.monotonic()
