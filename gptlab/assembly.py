@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gptlab import checkpoint, config, cost
+from gptlab import config, cost
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
-from gptlab.data.tokens import sha256_of_file
 from gptlab.model import GPT, GPTConfig
 from gptlab.run import RunFolder
 from gptlab.tasks.lm import LMTask
-from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
+from gptlab.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("gptlab")
 
@@ -29,17 +29,20 @@ log = logging.getLogger("gptlab")
 def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
     """The config with its paths made absolute, so that the run can be resumed from any folder."""
 
-    def absolute(value: Any) -> Any:
+    def absolute(key: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [absolute(item) for item in value]
+            return [absolute(key, item) for item in value]
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
         return value if value is None else str(Path(value).expanduser().absolute())
 
-    data = {name: absolute(cfg["data"][name]) for name in ("files", "validation_files")}
-    paths = {
+    data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
+    tokenizer = {"path": absolute("tokenizer.path", cfg["tokenizer"].get("path"))}
+    return cfg | {
         "data": cfg["data"] | data,
-        "tokenizer": cfg["tokenizer"] | {"path": absolute(cfg["tokenizer"].get("path"))},
+        "tokenizer": cfg["tokenizer"] | tokenizer,
+        "init_from": absolute("init_from", cfg["init_from"]),
     }
-    return cfg | paths | {"init_from": absolute(cfg["init_from"])}
 
 
 def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:
@@ -93,14 +96,6 @@ def device_type(accelerator: str) -> str:
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
         return "cuda"
     return "mps" if torch.backends.mps.is_available() and accelerator in ("auto", "gpu", "mps") else "cpu"
-
-
-def has_bf16(accelerator: str) -> bool:
-    """Whether the device computes in bfloat16 itself, rather than emulating it."""
-    if (device := device_type(accelerator)) != "cpu":
-        return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    processor = torch.cpu
-    return any(getattr(processor, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def wants_compile(word: Any, accelerator: str) -> bool:
@@ -202,9 +197,9 @@ def build_trainer(
         torch.utils.deterministic.fill_uninitialized_memory = False
     require_device(node["accelerator"])
     if node["precision"] == "auto":
-        node["precision"] = "bf16-mixed" if has_bf16(node["accelerator"]) else "32-true"
+        node["precision"] = "bf16-mixed" if cost.computes_in_bf16(device_type(node["accelerator"])) else "32-true"
     node |= {"_partial_": True, "max_epochs": -1, "max_steps": -1}  # the budget ends the run, after a last validation
-    return config.make(node)(
+    arguments = dict(
         **validation_intervals(cfg),
         callbacks=watchers.callbacks(on_terminal),
         logger=loggers,
@@ -218,6 +213,13 @@ def build_trainer(
         use_distributed_sampler=False,  # the data module's order knows the ranks
         inference_mode=False,  # validation shares compiled graphs with training
     )
+    try:
+        return config.make(node)(**arguments)
+    except (
+        TypeError,
+        MisconfigurationException,
+    ) as error:  # the values that only Lightning can judge, for this machine
+        raise ValueError(f"trainer: {error}") from error
 
 
 def validation_intervals(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -237,35 +239,3 @@ def require_device(accelerator: str) -> None:
         raise ValueError("trainer=gpu: torch sees no CUDA GPU here; use trainer=cpu, or install a CUDA build of torch")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("trainer=mps: this is no Apple machine with a GPU that torch can use; use trainer=auto")
-
-
-def start_weights(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
-    """For `init_from`: the config with the parent's network and record, the parent's checkpoint, and its tokenizer.
-
-    `overridden` are the keys given on the command line, which may be a word for the whole network: a field that
-    contradicts the parent is an error, except those that change no weight.
-    """
-    path = checkpoint.find(Path(cfg["init_from"]))
-    parent = checkpoint.load(path)
-    theirs = checkpoint.model_config(parent)
-    free = {"dropout", "checkpointing"} | ({"block_size"} if theirs.positions == "rope" else set())
-    merged = dict(cfg["model"])
-    for name, value in vars(theirs).items():
-        given = merged[name] is not None and bool({"", "model", f"model.{name}"} & overridden)
-        if name in free and f"model.{name}" in overridden:
-            continue
-        if given and name not in free and merged[name] != value:
-            raise ValueError(
-                f"model.{name}={merged[name]} contradicts init_from={path}, where it is {value}; leave it out"
-            )
-        merged[name] = value
-    tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
-    if cfg["tokenizer"].get("path"):
-        other = load_tokenizer(cfg["tokenizer"]["path"], config.trusted(cfg))
-        if other.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"tokenizer.path={cfg['tokenizer']['path']} is not the tokenizer of init_from={path}, whose weights "
-                f"know only their own ({other.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); leave it out"
-            )
-    record = {"checkpoint": str(path.absolute()), "sha256": sha256_of_file(path)}
-    return cfg | {"model": merged, "parent": record}, parent, tokenizer

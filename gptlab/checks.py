@@ -1,14 +1,29 @@
 """What is wrong in a config alone, said all together before a folder is made or any text is read."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typeguard
+from hydra.utils import get_object
+from torch import Tensor
 
 from gptlab import assembly, config
 from gptlab.data.module import check as check_data
+from gptlab.explain import nearest
 from gptlab.model import GPT, GPTConfig
+from gptlab.names import OWN_PACKAGES
 from gptlab.optim import parameter_groups
 from gptlab.run import RunFolder
+
+# Packages whose classes a config may name without `trust`: our own, and the parts of torch and Lightning that runs use.
+TRUSTED_TARGETS = (
+    *(f"{package}." for package in OWN_PACKAGES),
+    *("torch.optim.", "lightning.pytorch.Trainer", "lightning.pytorch.callbacks."),
+    *("lightning.pytorch.loggers.", "lightning.pytorch.strategies."),
+)
 
 
 def check(cfg: dict[str, Any]) -> None:
@@ -54,7 +69,7 @@ def optimizer_faults(cfg: dict[str, Any]) -> Iterator[str]:
     try:
         config.make(cfg["optimizer"])(parameter_groups(GPT(smallest)))
     except ValueError as error:
-        yield f"optimizer: {error}"
+        yield str(error) if str(error).startswith("optimizer.") else f"optimizer: {error}"
 
 
 def model_faults(cfg: dict[str, Any]) -> list[str]:
@@ -63,3 +78,76 @@ def model_faults(cfg: dict[str, Any]) -> list[str]:
     model = config.model_config(cfg["model"])
     model.vocab_size = 1 if model.vocab_size is None else model.vocab_size  # not known before the tokenizer is
     return model.faults()
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node of a plain config that names something to be made, with its key."""
+    if isinstance(node, dict):
+        if node.get("_target_"):
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from targets(value, f"{path}[{index}]")
+
+
+def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    """Raise one ValueError with every `_target_` that is not trusted, and every value that it would not take."""
+    faults = []
+    for path, node in targets(config):
+        name = node["_target_"]
+        if not name.startswith(TRUSTED_TARGETS + tuple(f"{package}." for package in trust)):
+            faults.append(
+                f"{path}._target_={name!r}: allow it, if you trust that code, with trust={name.split('.')[0]}"
+            )
+            continue
+        try:
+            target = get_object(name)
+        except Exception as error:
+            faults.append(f"{path}._target_={name!r} cannot be imported ({error})")
+            continue
+        faults += misfits(path, target, node)
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def misfits(path: str, target: Any, node: dict[str, Any]) -> Iterator[str]:
+    """The values in `node`, which stands at `path`, that the signature of `target` has no place or another type for."""
+    made = target.__init__ if isinstance(target, type) else target
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    try:
+        hints = get_type_hints(made)
+    except (NameError, TypeError):  # annotations that only a type checker can read
+        hints = {}
+    for name, value in node.items():
+        if name.startswith("_") or name == "path" or (name, value) == ("precision", "auto"):
+            continue
+        if name not in parameters and not takes_any:
+            close = nearest(name, parameters)
+            yield f"{path}.{name}={value!r}: {target.__qualname__} takes no such key{close} ~{path}.{name} drops it"
+        elif name in hints and not (isinstance(value, dict) and "_target_" in value):
+            accepted = tuple(value) if isinstance(value, list) and "tuple" in str(hints[name]).lower() else value
+            try:
+                typeguard.check_type(accepted, hints[name])
+            except typeguard.TypeCheckError:
+                words = [*accepted_words(hints[name]), *(["auto"] if name == "precision" else [])]
+                yield f"{path}.{name}={value!r} is not what it takes: {' | '.join(words)}{nearest(str(value), words)}"
+
+
+PLAIN_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true | false", type(None): "null"}
+
+
+def accepted_words(hint: Any) -> list[str]:
+    """What a user may type where `hint` is the annotation: words, and the names of kinds of values."""
+    if hint in PLAIN_NAMES:
+        return PLAIN_NAMES[hint].split(" | ")
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    if get_origin(hint) in (Union, UnionType):
+        return list(dict.fromkeys(word for part in get_args(hint) for word in accepted_words(part)))
+    if get_origin(hint) in (tuple, list, Sequence):
+        parts = [" or ".join(accepted_words(part)) for part in get_args(hint) if part is not Ellipsis]
+        return [f"[{', '.join(parts)}]"]
+    return [] if hint is Tensor else [getattr(hint, "__name__", str(hint))]

@@ -37,6 +37,13 @@ class Cost:
     memory_bytes: int  # weights, gradients, two moments, and the activations of one micro-batch
 
 
+def computes_in_bf16(device: str) -> bool:
+    """Whether a kind of device, cuda, mps or cpu, computes in bfloat16 itself, rather than emulating it."""
+    if device != "cpu":
+        return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters: all, and those outside embedding tables."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]

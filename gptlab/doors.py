@@ -21,8 +21,10 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import config, manual, sweep
-from gptlab.callbacks.steps import Interrupted, Interrupts
+from gptlab import checks, config, sweep
+from gptlab.explain import explain
+from gptlab.resume import FREE
+from gptlab.signals import SIGNALS, Interrupted
 
 log = logging.getLogger("gptlab")
 
@@ -107,7 +109,7 @@ def report(error: BaseException, before_first_step: bool) -> int:
     """Say what went wrong and give the exit code."""
     if debugging():
         traceback.print_exception(error)
-    explained = config.explain(error)
+    explained = explain(error)
     error = root_of(error)
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
@@ -135,26 +137,31 @@ def strip_key(override: str) -> str:
     return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
-def overridden_keys() -> set[str]:
-    """The keys that the command line gives; "" where a word like experiments=... may set any key."""
-    keys = {strip_key(override) for override in HydraConfig.get().overrides.task}
-    return {"" if key in ("experiments", "stage") else key for key in keys}
+def overridden_keys(door: str) -> set[str]:
+    """The keys that the command line gives, and those that a word like experiments=... gives for it."""
+    keys = {strip_key(override): override for override in HydraConfig.get().overrides.task}
+    words = [keys.pop(word) for word in ("experiments", "stage") if word in keys]
+    # Where a run ends and what is watched is only ever taken from what was typed.
+    given = {key for key in config.keys_set_by(door, words) if not config.is_below(key, FREE)} if words else set()
+    return set(keys) | given
 
 
-def run_name() -> str:
+def run_name(cfg: dict[str, Any]) -> str:
     """What a new run folder is called: the experiment, or model and data."""
     choices = HydraConfig.get().runtime.choices
     if choices.get("experiments"):
         return str(choices["experiments"]).replace("/", "-")
-    return f"{choices['model']}-{choices['data']}"
+    files = cfg["data"]["files"]
+    if files is None:
+        return f"{choices['model']}-{choices['data']}"
+    stem = re.sub(r"[^\w.]+", "-", Path(files).stem)[:40].strip("-") if isinstance(files, str) else ""
+    return f"{choices['model']}-{stem or 'files'}"
 
 
 def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -> None:
     """Compose the config `name` from the command line, act on it, and exit. Each job of a sweep is its own process."""
-    if manual.answer(name, sys.argv[1:]):
-        return
     quiet()
-    for signum in Interrupts.SIGNALS:
+    for signum in SIGNALS:
         signal.signal(signum, interrupt)
     config.register()
     outcome = {"code": 0}
@@ -165,8 +172,8 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -
             return
         try:
             plain = config.plain(cfg)
-            config.check_targets(plain, config.trusted(plain))
-            outcome["code"] = act(plain, overridden_keys(), run_name())
+            checks.check_targets(plain, config.trusted(plain))
+            outcome["code"] = act(plain, overridden_keys(name), run_name(plain))
         except BaseException as error:
             outcome["code"] = report(error, before_first_step=True)
 

@@ -48,15 +48,11 @@ def files_of(group: str) -> list[Path]:
     return [found[word] for word in sorted(found)]
 
 
-def answer(door: str, arguments: list[str]) -> bool:
-    """Print what --help or --version asks for; whether one of them was there."""
+def answer(door: str, arguments: list[str]) -> str | None:
+    """What --help or --version asks for; None where neither is there."""
     if {"--help", "-h"} & set(arguments):
-        print(manual(door))
-        return True
-    if "--version" in arguments:
-        print(f"gptlab {__version__}")
-        return True
-    return False
+        return manual(door)
+    return f"gptlab {__version__}" if "--version" in arguments else None
 
 
 def manual(door: str) -> str:
@@ -69,15 +65,24 @@ def manual(door: str) -> str:
         "",
     ]
     lines += list(keys_of(root))
+    defaults = default_words()
     for group in SHOWN[door]:
-        lines += ["", f"{group}=", *words(group)]
+        default = defaults.get(group)
+        lines += ["", f"{group}=", *words(group, default)]
         if group in SCHEMAS:
-            lines += list(fields_of(*SCHEMAS[group], prefix=group))
+            values = dict(values_of((conf_dir() / group / f"{default}.yaml").read_text()))
+            lines += list(fields_of(*SCHEMAS[group], prefix=group, values=values))
         else:
-            lines += keys_of_words(group)
+            lines += keys_of_words(group, default)
     if door == "train":
-        lines += ["", "experiments=", *words("experiments")]
+        lines += ["", "experiments=", *words("experiments", None)]
     return "\n".join([*lines, "", FOOT[door]])
+
+
+def default_words() -> dict[str, str]:
+    """The word that each group takes when none is given: the defaults list of train, which prepare shares."""
+    root = (conf_dir() / "train.yaml").read_text()
+    return dict(re.findall(r"^  - ([a-z]+): ([a-z_]+)$", root, re.MULTILINE))
 
 
 def first_comment(text: str) -> str:
@@ -89,42 +94,55 @@ def line(name: str, says: str | None) -> str:
     return f"  {name:<38} {says or ''}".rstrip()
 
 
-def words(group: str) -> list[str]:
-    return [line(path.stem, first_comment(path.read_text())) for path in files_of(group)]
+def words(group: str, default: str | None) -> list[str]:
+    """The words of a group, each with the first line of its file; the default is marked."""
+    marks = {path: " (the default)" if path.stem == default else "" for path in files_of(group)}
+    return [line(path.stem + mark, first_comment(path.read_text())) for path, mark in marks.items()]
 
 
 def keys_of(text: str, prefix: str = "") -> Iterator[str]:
-    """The keys of a config with their comments; what names a class is left out."""
+    """The keys of a config as lines of the page."""
+    for key, (value, says) in values_of(text):
+        yield line(f"{prefix}{key}={value}", says)
+
+
+def values_of(text: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """The keys of a config with value and comment; what names a class is left out."""
     parents: list[str] = []
-    in_defaults = False
     for row in text.splitlines():
         match = KEY.match(row)
         if match is None:
             continue
         depth = len(match["indent"]) // 2
         parents = [*parents[:depth], match["key"]]
-        in_defaults = parents[0] == "defaults"
         value = match["value"]
-        if not in_defaults and not match["key"].startswith("_") and value:
-            yield line(f"{prefix}{'.'.join(parents)}={value}", match["says"])
+        if parents[0] != "defaults" and not match["key"].startswith("_") and value:
+            value = re.sub(r"^\$\{unless:.*,(\w+)\}$", r"\1", value)
+            yield ".".join(parents), (value, match["says"])
 
 
-def keys_of_words(group: str) -> list[str]:
-    """The keys of all words of a group, each key once."""
-    found: dict[str, str] = {}
-    for path in files_of(group):
-        for row in keys_of(path.read_text(), f"{group}."):
-            found.setdefault(row.split("=")[0], row)
-    return list(found.values())
+def keys_of_words(group: str, default: str | None) -> list[str]:
+    """The keys of all words of a group, each once: the default word's value, and others that differ."""
+    found: dict[str, tuple[str, str | None]] = {}
+    others: dict[str, list[str]] = {}
+    for path in sorted(files_of(group), key=lambda path: path.stem != default):
+        for key, (value, says) in values_of(path.read_text()):
+            if key not in found:
+                found[key] = (value, says)
+            elif value != found[key][0]:
+                others.setdefault(key, []).append(f"{path.stem}: {value}")
+    also = {key: f" ({', '.join(values)})" for key, values in others.items()}
+    return [line(f"{group}.{key}={value}", (says or "") + also.get(key, "")) for key, (value, says) in found.items()]
 
 
-def fields_of(file: str, name: str, prefix: str) -> Iterator[str]:
-    """The fields of a config dataclass with their comments, read from its source."""
+def fields_of(file: str, name: str, prefix: str, values: dict[str, tuple[str, str | None]]) -> Iterator[str]:
+    """The fields of a config dataclass with their comments, read from its source; `values` win over its defaults."""
     source = (PACKAGE / file).read_text().split(f"class {name}:", 1)[1]
     for row in source.splitlines():
         if row.startswith(("    @", "    def ", "class ", "@")):
             return
         if match := FIELD.match(row):
-            value = match["value"].replace("None", "null").strip('"')
+            value = match["value"].replace("None", "null").replace("True", "true").replace("False", "false").strip('"')
+            value = values.get(match["key"], (value, None))[0]
             if "factory" not in value:
                 yield line(f"{prefix}.{match['key']}={value}", match["says"])

@@ -40,7 +40,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # one matrix for reading and predicting tokens
     dropout: float = 0.0  # of embeddings, attention and both outputs of a block
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the mean square or variance
     init_std: float = 0.02  # layers that write into the residual stream start at init_std / sqrt(2 n_layer)
     checkpointing: bool = False  # recompute each block's activations in the backward pass: less memory, a third slower
 
@@ -85,6 +85,9 @@ class GPTConfig:
             value = getattr(self, name)
             if value not in words and "." not in value:
                 faults.append(f"model.{name}={value!r} is none of {', '.join(words)}, nor a dotted name")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not (value := getattr(self, name)) > 0:
+                faults.append(f"model.{name}={value} must be more than 0")
         if not 0 <= self.dropout < 1:
             faults.append(f"model.dropout={self.dropout} is not in [0, 1)")
         return faults

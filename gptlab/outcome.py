@@ -15,10 +15,12 @@ import torch
 
 from gptlab import __version__, doors
 from gptlab.assembly import Watchers
-from gptlab.callbacks.steps import Interrupted
+from gptlab.config import is_below
 from gptlab.data.module import TextDataModule
-from gptlab.resume import OF_THE_COMMAND, is_below
+from gptlab.resume import OF_THE_COMMAND
 from gptlab.run import RunFolder, write_json
+from gptlab.signals import Interrupted
+from gptlab.start import PROCESS_START
 from gptlab.tasks.lm import LMTask
 
 log = logging.getLogger("gptlab")
@@ -27,8 +29,8 @@ log = logging.getLogger("gptlab")
 class Outcome:
     """Surrounds everything that happens in a run folder, and leaves status.json and result.json however it ends."""
 
-    def __init__(self, folder: RunFolder, cfg: dict[str, Any], process_start: float):
-        self.folder, self.cfg, self.process_start = folder, cfg, process_start
+    def __init__(self, folder: RunFolder, cfg: dict[str, Any]):
+        self.folder, self.cfg = folder, cfg
         self.exit_code = 0
         self.parent: dict[str, Any] | None = None
         self.watchers: Watchers | None = None
@@ -94,9 +96,9 @@ class Outcome:
             **watchers.record.result(self.task),
             "best_val_loss": watchers.checkpoints.best_loss,
             "best_step": watchers.checkpoints.best_step,
-            "seconds_to_first_step": None if first_step is None else round(first_step - self.process_start, 3),
+            "seconds_to_first_step": None if first_step is None else round(first_step - PROCESS_START, 3),
             "seconds_to_compile": watchers.compile.seconds,
-            "seconds_total": round(now - self.process_start, 3),
+            "seconds_total": round(now - PROCESS_START, 3),
             "fingerprints": {
                 "config": config_fingerprint(self.cfg),
                 "data": self.data.prepared.fingerprint,

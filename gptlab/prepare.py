@@ -1,5 +1,10 @@
 """The door `python -m gptlab.prepare`: text becomes a tokenizer and token files, and a table says what they hold."""
 
+from gptlab import start
+
+if __name__ == "__main__":
+    start.begin("prepare")  # before the imports, which take seconds
+
 from typing import Any
 
 from rich.table import Table
@@ -29,6 +34,7 @@ def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
         "tokens": "{:,}",
         "bytes_per_token": "{:.3f}",
         "coverage": "{:.4%}",
+        "unknown_tokens": "{:,}",
         "windows": "{:,}",
         "dropped_tokens": "{:,}",
     }.items():

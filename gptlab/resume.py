@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gptlab import checkpoint
-from gptlab.config import flat
+from gptlab.config import flat, is_below
 from gptlab.run import RunFolder, unfinished_runs
 
 # What may differ from the run as it began: where it runs, when it stops, and what is watched how often.
@@ -24,10 +24,6 @@ FREE = (
     *("log.every_steps", "trust"),
 )
 OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
-
-
-def is_below(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def saved_config(folder: RunFolder) -> dict[str, Any]:
@@ -100,14 +96,14 @@ def resumed_config(
 ) -> tuple[dict[str, Any], bool]:
     """The run's own config with the overrides that it allows; and whether `seed` was given and ignored.
 
-    `composed` is what the command line makes, `overridden` the keys that it names; "" stands for words that may set any
-    key. Raises ValueError with every other override that differs, and both values.
+    `composed` is what the command line makes, `overridden` the keys that it names. Raises ValueError with every other
+    override that differs, and both values.
     """
     then, now = flat(saved), flat(composed)
     config = deepcopy(saved)
     faults, seed_ignored = [], False
     for key in sorted(set(then) | set(now)):
-        named = [name for name in overridden if name == "" or is_below(key, (name,))]
+        named = [name for name in overridden if is_below(key, (name,))]
         if not named or is_below(key, OF_THE_COMMAND) or is_below(key, ("logger",)) or then.get(key) == now.get(key):
             continue
         if is_below(key, FREE):

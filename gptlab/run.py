@@ -1,7 +1,9 @@
 """The run folder: its paths, its one owner, and the small JSON files that tell how the run stands."""
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -90,6 +92,13 @@ class RunFolder:
 
     def release(self) -> None:
         self._lock.release()
+
+    def discard(self) -> None:
+        """Remove the folder of a run that never began, and the folders around it that hold nothing else."""
+        shutil.rmtree(self.path)
+        with contextlib.suppress(OSError):  # other runs are there
+            for folder in self.path.parents[:2]:
+                folder.rmdir()
 
     def set_status(self, status: str, step: int, error: str | None = None) -> None:
         content = {"status": status, "step": step, "pid": os.getpid(), "host": socket.gethostname()}

@@ -1,16 +1,20 @@
 """Sweeps: each job is a process of its own with a run folder of its own, and none hides or ends the others."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from rich.table import Table
 
 INTERRUPTED = (130, 143)
@@ -24,8 +28,8 @@ def run_job(door: str) -> None:
         return  # whoever stopped that job wants the sweep to end
     hydra_config = HydraConfig.get()
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
-    typed = {word.lower() for word in sys.argv}  # Hydra writes compile=False where compile=false was typed
-    varied = [override for override in overrides if override.lower() not in typed]  # what tells this job apart
+    swept = swept_keys(sys.argv[1:])
+    varied = [override for override in overrides if override.split("=")[0] in swept]  # what tells this job apart
     folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, varied)
     print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
     start = time.monotonic()
@@ -33,7 +37,10 @@ def run_job(door: str) -> None:
     # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
     received: list[int] = []
     handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in FORWARDED}
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, process_group=0, stderr=subprocess.PIPE, text=True, bufsize=1)
+    said: list[str] = []
+    listener = threading.Thread(target=repeat, args=(process.stderr, said))
+    listener.start()
     try:
         while (exit_code := process.poll()) is None:
             while received:
@@ -41,14 +48,42 @@ def run_job(door: str) -> None:
             time.sleep(0.05)
         if -exit_code in FORWARDED:  # a signal that came before the job was able to end in its own way
             exit_code = 130 if -exit_code == signal.SIGINT else 143
+        listener.join(timeout=10)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     job = {"job": hydra_config.job.num, "overrides": overrides, "varied": varied, "run_dir": str(folder)}
-    job |= {"exit_code": exit_code, "seconds": round(time.monotonic() - start, 1)}
+    job |= {"exit_code": exit_code, "seconds": round(time.monotonic() - start, 1), "error": error_in(said)}
     _jobs.append(job)
     with open(Path(hydra_config.sweep.dir) / "sweep.jsonl", "a") as file:
         file.write(json.dumps(job) + "\n")
+
+
+def swept_keys(arguments: list[str]) -> set[str]:
+    """The keys that the command line gives several values, as Hydra reads it."""
+    parser = OverridesParser.create()
+    keys = set()
+    for argument in arguments:
+        with contextlib.suppress(HydraException):  # an option, such as -m
+            (override,) = parser.parse_overrides([argument])
+            if override.is_sweep_override():
+                keys.add(argument.split("=")[0])
+    return keys
+
+
+def repeat(stream: IO[str], said: list[str]) -> None:
+    """Pass on what a job writes to its standard error, and keep the end of it."""
+    for line in stream:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        said.append(line)
+        del said[:-50]
+
+
+def error_in(said: list[str]) -> str | None:
+    """The message that a job ended with, if it ended with one."""
+    start = max((number for number, line in enumerate(said) if line.startswith("error: ")), default=None)
+    return None if start is None else "".join(said[start:]).removeprefix("error: ").strip()
 
 
 def job_name(number: int, varied: list[str]) -> str:
@@ -76,7 +111,7 @@ def summarise(show: Callable[[Table], None]) -> int:
         table.add_column(column, overflow="fold")
     for job in _jobs:
         result = read_result(Path(job["run_dir"]))
-        status = result.get("status") or f"exit code {job['exit_code']}"
+        status = result.get("status") or ("bad input" if job["exit_code"] == 2 else f"exit code {job['exit_code']}")
         loss = result.get("val_loss")
         table.add_row(
             str(job["job"]),
@@ -88,6 +123,9 @@ def summarise(show: Callable[[Table], None]) -> int:
             job["run_dir"],
         )
     show(table)
+    for job in _jobs:
+        if job["error"]:
+            print(f"job {job['job']}: {job['error'].splitlines()[0]}", flush=True)
     codes = [job["exit_code"] for job in _jobs]
     if codes[-1] in INTERRUPTED:
         return codes[-1]

@@ -1,22 +1,24 @@
 """The door `python -m gptlab.train`: a composed config becomes a trained model in a run folder."""
 
-import time
+from gptlab import start
 
-PROCESS_START = time.time()  # before the imports, which count as start-up
+if __name__ == "__main__":
+    start.begin("train")  # before the imports, which take seconds
 
-import logging  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import logging
+from pathlib import Path
+from typing import Any
 
-import yaml  # noqa: E402
-from lightning.pytorch import Trainer, seed_everything  # noqa: E402
+import yaml
+from lightning.pytorch import Trainer, seed_everything
 
-from gptlab import assembly, checkpoint, checks, config, doors  # noqa: E402
-from gptlab.data.module import TextDataModule  # noqa: E402
-from gptlab.outcome import Outcome  # noqa: E402
-from gptlab.resume import find_run, resumed_config, saved_config  # noqa: E402
-from gptlab.run import RunFolder  # noqa: E402
-from gptlab.tokenizer import load_tokenizer  # noqa: E402
+from gptlab import assembly, checkpoint, checks, config, doors
+from gptlab.data.module import TextDataModule
+from gptlab.inherit import inherit
+from gptlab.outcome import Outcome
+from gptlab.resume import find_run, resumed_config, saved_config
+from gptlab.run import RunFolder
+from gptlab.tokenizer import load_tokenizer
 
 log = logging.getLogger("gptlab")
 
@@ -30,35 +32,42 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
         raise ValueError("resume continues a run and init_from starts a new one from its weights: give one of them")
     cfg = assembly.absolute_paths(cfg)
     found = find_run(cfg) if cfg["resume"] is not None else None
+    if cfg["resume"] == "auto" and found is None:
+        log.info("resume=auto: no unfinished run of this config in %s: a new one starts", cfg["run_dir"] or "runs/")
     ckpt_path = None
     if found is not None:
         folder, ckpt_path = found
         cfg, seed_ignored = resumed_config(saved_config(folder), cfg, overridden)
         if seed_ignored:
             log.warning("seed is ignored: a resumed run keeps its own, %s", cfg["seed"])
-    config.check_targets(cfg, config.trusted(cfg))
+    checks.check_targets(cfg, config.trusted(cfg))
     checks.check(cfg)
     if found is None:
         folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
     folder.acquire(resume=found is not None)
+    exit_code = None
     try:
         if found is None:  # before there is a status: what has one can be resumed
             save_config(cfg, folder)
-        return run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
+        exit_code = run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
+        return exit_code
     finally:
         folder.release()
-        doors.say(f"run: {folder.path}")
+        if exit_code == doors.BAD_INPUT and found is None and cfg["run_dir"] is None:
+            folder.discard()  # nobody asked for it by name, and nothing has begun in it
+        else:
+            doors.say(f"run: {folder.path}")
 
 
 def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: bool, ckpt_path: Path | None) -> int:
     """Build everything, train, and leave a result; the run folder is ours."""
-    with doors.logging_to(folder.log), Outcome(folder, cfg, PROCESS_START) as outcome:
+    with doors.logging_to(folder.log), Outcome(folder, cfg) as outcome:
         seed_everything(cfg["seed"], workers=True, verbose=False)
         parent = tokenizer = None
         if ckpt_path is not None:  # the run's own; what it was made from may be gone
             tokenizer = load_tokenizer(folder.tokenizer, config.trusted(cfg))
         elif cfg["init_from"]:
-            cfg, parent, tokenizer = assembly.start_weights(cfg, overridden)
+            cfg, parent, tokenizer = inherit(cfg, overridden)
         data = assembly.build_data(cfg, tokenizer)
         model = assembly.build_model(cfg, data.tokenizer)
         if parent is not None:

@@ -74,12 +74,12 @@ def train(text_file: Path) -> Callable[..., int]:
     """Train in this process: `train(run_dir, *overrides)` gives the exit code."""
 
     def run(run_dir: Path, *overrides: str) -> int:
-        from gptlab import config, doors
+        from gptlab import checks, config, doors
         from gptlab.train import train as train_door
 
         doors.quiet()
         cfg = compose(*SMALL, f"data.files={text_file}", *overrides)
-        config.check_targets(cfg, config.trusted(cfg))
+        checks.check_targets(cfg, config.trusted(cfg))
         keys = {doors.strip_key(override) for override in overrides}
         if cfg["resume"] is None:
             cfg["run_dir"] = str(run_dir)

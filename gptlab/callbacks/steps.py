@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gptlab.signals import SIGNALS, Interrupted
+
 log = logging.getLogger("gptlab")
 
 
@@ -85,22 +87,12 @@ class Budget(StepCallback):
         self.seconds_before = state["seconds"]
 
 
-class Interrupted(BaseException):  # a request and no error: what catches errors, a compiler say, must let it pass
-    """Somebody asked the run to end: Ctrl-C (SIGINT), SIGTERM, or SIGUSR1 as SLURM sends it before the time is up."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 130 if signum == signal.SIGINT else 143
-
-
 class Interrupts(StepCallback):
     """Ends the run at the next step boundary after a signal, once `save` has put everything needed to resume on disk.
 
     Signals are only noted while a step or a validation is under way: saving in the middle of either would lose it. A
     second Ctrl-C does not wait.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, save: Any):
         self.save = save  # called with the trainer
@@ -115,7 +107,7 @@ class Interrupts(StepCallback):
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
         if threading.current_thread() is threading.main_thread():  # here, because Lightning has set its own by now
-            self._handlers = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+            self._handlers = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         if self.signum is not None and not validation_follows(trainer):

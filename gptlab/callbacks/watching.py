@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,11 @@ def short(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g}G"
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: each run of white space as a space, and what would steer the terminal spelt out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 class ConsoleLines(Callback):
@@ -89,7 +93,7 @@ class Samples(StepCallback):
     def __init__(
         self,
         every_steps: int | None,
-        prompts: Sequence[str],
+        prompts: list[str],
         max_tokens: int,
         temperature: float,
         top_k: int | None,
@@ -123,7 +127,7 @@ class Samples(StepCallback):
             text = self.continuation(task, prompt)
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-            log.info("sample at step %s: %s", f"{step:,}", " ".join(f"{prompt}{text}".split()))
+            log.info("sample at step %s: %s", f"{step:,}", one_line(prompt + text))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"samples/{prompt or 'from nothing'}", prompt + text, step)
@@ -146,12 +150,14 @@ class Samples(StepCallback):
 class Alerts(StepCallback):
     """Says so when training goes wrong, with the override that helps; `alerts` goes into result.json.
 
+    - unknown: before the first step, over 0.1 % of the tokens of a side are <unk>
     - overfitting: val/loss has risen at three validations in a row while train/loss fell
     - stuck: after 300 steps the loss is still within 5 % of ln V, a uniform guess
     - spike: the loss is 0.5 nats and 20 % above the median of the last 20 logged
     - diverging: the gradient norm, before clipping, is over 20 times the median of the last 20 logged
     """
 
+    UNKNOWN_SHARE = 0.001
     HISTORY = 20
     REST_STEPS = 500  # before the same kind is reported again
 
@@ -161,6 +167,16 @@ class Alerts(StepCallback):
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.validations: list[list[float]] = []  # [train, val]
+
+    def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
+        prepared = getattr(trainer.datamodule, "prepared", None)  # somebody's own data need not have it
+        for side, split in {} if prepared is None else prepared.meta["splits"].items():
+            if (share := split["unknown_tokens"] / split["tokens"]) > self.UNKNOWN_SHARE:
+                message = (
+                    f"{share:.1%} of the {side} tokens are <unk>: the tokenizer cannot spell this text, and bits per "
+                    "byte does not compare with another tokenizer's"
+                )
+                self._alert(0, "unknown", message, "tokenizer=sentencepiece or byte, or one that learnt this text")
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         figures = self.monitor.figures

@@ -212,8 +212,8 @@ def _download(file: RemoteFile, target: Path) -> None:
         ) from error
     except OSError as error:
         raise OSError(
-            f"cannot download {file.local} from {file.url} ({type(error).__name__}: {error}); connect to the network, "
-            f"{remedy}"
+            f"cannot download {file.local} from {file.url}\nconnect to the network, {remedy}\n"
+            f"({type(error).__name__}: {error})"
         ) from error
     if is_new and not file.sha256:
         log.info("%s is not pinned; the file got has sha256 %s", file.url, sha256_of_file(target))

@@ -27,11 +27,11 @@ from filelock import FileLock
 
 from gptlab.data.corpus import MANY_DOCUMENTS, Document, Source, split_documents, split_rule
 from gptlab.run import write_json
-from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
+from gptlab.tokenizer import EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same text would give other files
+FORMAT = 2  # raise it when the same text would give other files
 SIDES = ("train", "validation")
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 T = TypeVar("T")
@@ -288,7 +288,7 @@ class _Writer:
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str):
         self.file, self.tokenizer, self.dtype = file, tokenizer, dtype
         self.digest = hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
+        self.tokens = self.unknown = self.documents = self.bytes = 0
         self.characters = np.zeros(sys.maxunicode + 1, dtype=np.int64)  # how often each code point occurs
 
     def add(self, text: str) -> None:
@@ -298,6 +298,7 @@ class _Writer:
         self.file.write(content)
         self.digest.update(content)
         self.tokens += ids.size + 1
+        self.unknown += np.count_nonzero(ids == UNK_ID)
         self.documents += 1
         self.bytes += len(text.encode("utf-8", "surrogatepass"))
         counts = np.bincount(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32))
@@ -309,6 +310,7 @@ class _Writer:
         found = {chr(code): int(self.characters[code]) for code in np.flatnonzero(self.characters)}
         return {
             "tokens": self.tokens,
+            "unknown_tokens": int(self.unknown),
             "documents": self.documents,
             "bytes": self.bytes,
             "sha256": self.digest.hexdigest(),

@@ -62,7 +62,7 @@ def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[s
     rows: dict[str, dict[str, Any]] = {}
     for side, windows, dropped in (("train", train, unseen), ("validation", validation, 0)):
         split = prepared.meta["splits"][side]
-        rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage")}
+        rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage", "unknown_tokens")}
         rows[side] |= {"bytes_per_token": split["bytes"] / split["tokens"]}
         rows[side] |= {"windows": len(windows), "dropped_tokens": dropped}
     return rows

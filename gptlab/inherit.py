@@ -1,0 +1,71 @@
+"""`init_from`: another run's network, weights and tokenizer, as the start of a run of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptlab import checkpoint, config
+from gptlab.data.tokens import sha256_of_file
+from gptlab.model import GPTConfig
+from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
+
+
+def inherit(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
+    """The config with the parent's network and record, the parent's checkpoint, and its tokenizer.
+
+    `overridden` are the keys given on the command line, which may be a word for a whole group: what contradicts the
+    parent is an error, except for the fields of the network that change no weight.
+    """
+    path = checkpoint.find(Path(cfg["init_from"]))
+    parent = checkpoint.load(path)
+    theirs = checkpoint.model_config(parent)
+    tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
+    faults = dict(network_faults(cfg["model"], theirs, overridden))
+    faults |= tokenizer_faults(cfg["tokenizer"], tokenizer, config.trusted(cfg), overridden)
+    if faults:
+        culprits = sorted({key for key in overridden for fault in faults if config.is_below(fault, (key,))})
+        lines = [f"{key}: the parent has {has}, the command line {given}" for key, (has, given) in faults.items()]
+        raise ValueError(
+            f"init_from={path} brings its own network and tokenizer; leave out what contradicts them "
+            f"({', '.join(culprits)}):\n" + "\n".join(lines)
+        )
+    own = {name for name in free_fields(theirs) if f"model.{name}" in overridden}
+    network = cfg["model"] | {name: value for name, value in vars(theirs).items() if name not in own}
+    record = {"checkpoint": str(path.absolute()), "sha256": sha256_of_file(path)}
+    return cfg | {"model": network, "parent": record}, parent, tokenizer
+
+
+def free_fields(theirs: GPTConfig) -> set[str]:
+    """The fields of a network that may differ from its parent's: they change no weight."""
+    return {"dropout", "checkpointing"} | ({"block_size"} if theirs.positions == "rope" else set())
+
+
+Faults = Iterator[tuple[str, tuple[Any, Any]]]
+
+
+def network_faults(node: dict[str, Any], theirs: GPTConfig, overridden: set[str]) -> Faults:
+    """The given fields that are not the parent's: key, the parent's value, ours."""
+    for name, value in vars(theirs).items():
+        given = node[name] is not None and bool({"model", f"model.{name}"} & overridden)
+        if given and name not in free_fields(theirs) and node[name] != value:
+            yield f"model.{name}", (value, node[name])
+
+
+def tokenizer_faults(node: dict[str, Any], theirs: Tokenizer, trust: tuple[str, ...], overridden: set[str]) -> Faults:
+    """What was given for the tokenizer and makes, or is, another one than the parent's."""
+    if node.get("path"):
+        other = load_tokenizer(node["path"], trust)
+        if other.fingerprint != theirs.fingerprint:
+            yield (
+                "tokenizer.path",
+                (f"tokenizer {theirs.fingerprint[:12]}", f"{other.fingerprint[:12]} ({node['path']})"),
+            )
+        return
+    kind = f"{type(theirs).__module__}.{type(theirs).__qualname__}"
+    if "tokenizer" in overridden and not node["_target_"].startswith(kind):
+        yield "tokenizer", (kind, node["_target_"].removesuffix(".train"))
+        return
+    for name, value in theirs.settings.items():
+        given = node.get(name) is not None and bool({"tokenizer", f"tokenizer.{name}"} & overridden)
+        if given and node[name] != value:
+            yield f"tokenizer.{name}", (value, node[name])

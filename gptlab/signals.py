@@ -1,0 +1,17 @@
+"""Requests to end: which signals make them, and the exit code that each one has."""
+
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler; SLURM, before the time is up
+
+
+def exit_code(signum: int) -> int:
+    return 130 if signum == signal.SIGINT else 143
+
+
+class Interrupted(BaseException):  # a request and no error: what catches errors, a compiler say, must let it pass
+    """Somebody asked the run to end."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = exit_code(signum)
