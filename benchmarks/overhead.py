@@ -64,7 +64,8 @@ def gptlab_run(shape: str, steps: int, folder: Path) -> float:
     text, run_dir = folder / "text.txt", folder / f"run-{time.monotonic_ns()}"
     text.write_text("".join(chr(97 + byte % 26) for byte in np.random.default_rng(0).bytes(200_000)))
     shape_keys = f"model.n_layer={n_layer} model.n_head={n_head} model.n_embd={n_embd} model.block_size={block_size}"
-    options = f"{shape_keys} data.batch_size={batch_size} tokenizer=byte compile=true trainer.max_steps={steps}"
+    options = f"{shape_keys} data.batch_size={batch_size} tokenizer=byte optimizer=adamw compile=true"
+    options += f" trainer.max_steps={steps}"
     options += f" data.files={text} run_dir={run_dir} validation.every_steps=100000 samples.every_steps=null"
     command = [sys.executable, "-m", "gptlab.train", *options.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -22,7 +22,7 @@ def main(run: Path, target: Path) -> None:
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().strip().split("\n")]
     prompt = samples[-1]["prompt"]
     chosen = [sample for sample in samples if sample["prompt"] == prompt]
-    chosen = [chosen[0], *chosen[1:-1][len(chosen) // 2 :][:1], chosen[-1]]
+    chosen = [chosen[place] for place in sorted({0, (len(chosen) - 1) // 2, len(chosen) - 1})]
     result = json.loads((run / "result.json").read_text())
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1, 1.25))

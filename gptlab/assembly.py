@@ -215,10 +215,7 @@ def build_trainer(
     )
     try:
         return config.make(node)(**arguments)
-    except (
-        TypeError,
-        MisconfigurationException,
-    ) as error:  # the values that only Lightning can judge, for this machine
+    except (TypeError, MisconfigurationException) as error:  # of values that only Lightning can judge
         raise ValueError(f"trainer: {error}") from error
 
 

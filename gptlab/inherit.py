@@ -23,7 +23,8 @@ def inherit(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], 
     faults = dict(network_faults(cfg["model"], theirs, overridden))
     faults |= tokenizer_faults(cfg["tokenizer"], tokenizer, config.trusted(cfg), overridden)
     if faults:
-        culprits = sorted({key for key in overridden for fault in faults if config.is_below(fault, (key,))})
+        above = {fault: [key for key in overridden if config.is_below(fault, (key,))] for fault in faults}
+        culprits = sorted({max(keys, key=len) for keys in above.values() if keys})
         lines = [f"{key}: the parent has {has}, the command line {given}" for key, (has, given) in faults.items()]
         raise ValueError(
             f"init_from={path} brings its own network and tokenizer; leave out what contradicts them "

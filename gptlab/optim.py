@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     It is torch's Muon (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025, section 2.2), so
     that one learning rate and one decay serve both. Torch's own class orthogonalises matrix by matrix and always in
-    bfloat16, which a processor without it emulates at a tenth of the speed; here matrices of one shape go together, in
+    bfloat16, which a processor without it emulates at a fortieth of the speed; here matrices of one shape go together, in
     the type in which the device computes. One state holds both halves: a schedule reaches both, and so does a file.
     """
 
@@ -55,6 +55,8 @@ class Muon(torch.optim.Optimizer):
         groups = list(params)
         matrices = [group for group in groups if group["kind"] == "matrix"]
         others = [group for group in groups if group["kind"] != "matrix"]
+        if odd := [tuple(p.shape) for group in matrices for p in group["params"] if p.ndim != 2]:
+            raise ValueError(f"optimizer=muon takes matrices, and a parameter has the shape {odd[0]}; use adamw")
         if not matrices or not others:
             raise ValueError("optimizer=muon needs both matrices and other parameters; use optimizer=adamw")
         self._adamw = torch.optim.AdamW(

@@ -260,12 +260,15 @@ def test_checkpoint_that_is_none(refused, train, tmp_path, key, kind):
 def test_init_from_with_another_architecture_or_tokenizer(refused, train, tmp_path):
     parent = good_run(train, tmp_path / "parent")
     other = good_run(train, tmp_path / "other", "tokenizer=char")
-    message = refused(f"init_from={parent}", "model.n_layer=3")
-    for word in ("model.n_layer=3", "it is 2", "leave it out", str(parent)):
-        assert word in message
-    message = refused(f"init_from={parent}", f"tokenizer.path={other}", run_dir=tmp_path / "run2")
-    for word in (f"tokenizer.path={other}", f"init_from={parent}", "leave it out"):
-        assert word in message
+    cases = (
+        (("model.n_layer=3",), ("(model.n_layer)", "model.n_layer: the parent has 2, the command line 3")),
+        (("tokenizer=char",), ("(tokenizer)", "ByteTokenizer", "CharTokenizer")),
+        ((f"tokenizer.path={other}",), ("(tokenizer.path)", str(other))),
+    )
+    for number, (overrides, says) in enumerate(cases):
+        message = refused(f"init_from={parent}", *overrides, run_dir=tmp_path / f"run{number}")
+        for word in ("leave out", f"init_from={parent}", *says):
+            assert word in message
     good_run(train, tmp_path / "run", f"init_from={parent}", f"tokenizer.path={parent}", "model.block_size=32")
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert len(result["parent"]["sha256"]) == 64
@@ -274,8 +277,7 @@ def test_init_from_with_another_architecture_or_tokenizer(refused, train, tmp_pa
 def test_context_longer_than_learned_positions(refused, train, tmp_path):
     parent = good_run(train, tmp_path / "parent", "model.positions=learned")
     message = refused(f"init_from={parent}", "model.block_size=32")
-    assert "model.block_size=32" in message
-    assert "it is 16" in message
+    assert "model.block_size: the parent has 16, the command line 32" in message
     model, _ = checkpoint.load_model(checkpoint.find(parent))
     with pytest.raises(ValueError, match=r"17 tokens do not fit into model.block_size=16"):
         model(torch.zeros(1, 17, dtype=torch.long))
@@ -451,3 +453,25 @@ def test_ctrl_c_before_the_first_step_is_an_interruption(train, tmp_path, monkey
     monkeypatch.setattr(assembly, "build_data", interrupted)
     assert train(tmp_path / "run", STEPS) == 130
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "interrupted"
+
+
+def test_bad_data_leaves_no_folder_that_nobody_named(refused, tmp_path):
+    refused("data.files=nowhere.txt", run_dir=None)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs/2020-01-01").mkdir(parents=True)
+    refused("data.files=nowhere.txt", run_dir=None)
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs/2020-01-01"]
+
+
+def test_ctrl_c_while_modules_are_imported_ends_quietly(tmp_path):
+    """The first seconds of a run are imports."""
+    for delay in (0.2, 0.6, 1.2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gptlab.train"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors == b""
+        assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from conftest import SMALL, prose
 from gptlab import checkpoint
 from gptlab.callbacks.record import MetricsFile, Monitor
 from gptlab.callbacks.saving import Checkpoints
-from gptlab.callbacks.watching import Alerts
+from gptlab.callbacks.watching import Alerts, one_line
 from gptlab.tasks.lm import LMTask
 
 RESULT = """
@@ -475,3 +475,21 @@ def test_a_terminal_has_a_progress_bar_of_steps_and_a_file_has_plain_lines(tmp_p
     plain = subprocess.run([*command, "run_dir=plain"], capture_output=True, text=True, check=True).stdout
     assert "\x1b" not in plain
     assert "30/30" not in plain
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_an_alert_once(train, tmp_path, capsys):
+    """Else the figures look good: <unk> is easily guessed."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    assert train(parent, "tokenizer=char", "trainer.max_steps=1") == 0
+    assert result(parent)["alerts"] == []
+    (tmp_path / "other.txt").write_text("cafe\u0301 na\u00efve \u4e2d " * 300)
+    options = (f"tokenizer.path={parent}", f"data.files={tmp_path / 'other.txt'}", "trainer.max_steps=1")
+    assert train(child, *options) == 0
+    assert "tokens are <unk>" in capsys.readouterr().out
+    assert train(child, f"resume={child}", "trainer.max_steps=2") == 0
+    kinds = [(alert["kind"], alert["step"]) for alert in result(child)["alerts"]]
+    assert kinds == [("unknown", 0)]
+
+
+def test_samples_on_the_console_cannot_steer_the_terminal():
+    assert one_line("a\n b\x1b[2J\x07 \u00e9\ufffd") == "a b\\x1b[2J\\x07 \u00e9\ufffd"

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,18 @@ def test_max_epochs_lifts_the_default_number_of_steps():
         ("model=tinny", ("model=tinny", "'tiny'", "small")),
         ("experiments=shakespere", ("experiments=shakespere", "'shakespeare_cpu'")),
         ("modell=tiny", ("modell", "'model'")),
-        ("model.n_layer=four", ("n_layer", "four")),
-        ("seed=one", ("seed", "one")),
-        ("optimizer.lr=fast", ("optimizer.lr", "fast", "float")),
+        ("model.n_layer=four", ("model.n_layer=four", "a whole number")),
+        ("model.qk_norm=perhaps", ("model.qk_norm=perhaps", "true | false")),
+        ("seed=one", ("seed=one", "a whole number")),
+        ("seed=null", ("seed=null", "needs a value")),
+        ("validation=3", ("validation=3", "validation.every_steps")),
+        ("model=null", ("null", "groups are", "model")),
+        ("optimizer.lr=fast", ("optimizer.lr='fast'", "a number")),
+        ("optimizer.betas=0.9", ("optimizer.betas=0.9", "[a number, a number]")),
+        ("samples.prompts=hello", ("samples.prompts='hello'", "[a text]")),
+        ("trainer.precision=bf16-mxed", ("trainer.precision='bf16-mxed'", "did you mean 'bf16-mixed'", "auto")),
+        ("+schedule.decay=0.4", ("schedule.decay=0.4", "~schedule.decay drops it")),
+        ("data.files=[3]", ("data.files=3", "no path")),
         ("trainer.max_steps=[1]", ("trainer.max_steps", "[1]")),
         ("trainer.precision=17", ("trainer.precision", "17")),
         ("data.batch_size=many", ("batch_size", "many")),
@@ -98,6 +108,25 @@ def test_help_names_every_word_and_every_key(capsys):
         assert f"{key}=" in page, key
     for name in EXPERIMENTS:
         assert name in page
+
+
+def test_help_gives_the_values_that_a_run_without_overrides_has():
+    """The default word's values, not those of the dataclass below it or of another word."""
+    rows = dict(row.split()[0].split("=", 1) for row in manual.manual("train").splitlines() if re.match(r"  \S+=", row))
+    leaves = config.flat(compose())
+    compared = 0
+    for key, shown in rows.items():
+        if key in leaves and "${" not in shown and not shown.startswith(("[", '"')):
+            assert yaml.safe_load(shown) == leaves[key] or float(shown) == leaves[key], key
+            compared += 1
+    assert compared > 50
+
+
+def test_help_marks_the_default_word_of_each_group():
+    marked = re.findall(r"^  (\w+) \(the default\)", manual.manual("train"), re.MULTILINE)
+    root = yaml.safe_load((REPOSITORY / "conf/train.yaml").read_text())["defaults"]
+    defaults = {group: word for entry in root if isinstance(entry, dict) for group, word in entry.items()}
+    assert marked == [defaults[group] for group in manual.SHOWN["train"] if isinstance(defaults[group], str)]
 
 
 def test_every_key_of_the_root_and_the_schemas_is_explained():

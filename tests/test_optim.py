@@ -188,6 +188,16 @@ def test_muon_without_matrices_is_an_error():
         Muon(groups, **SETTINGS)
 
 
+def test_muon_says_which_parameter_is_no_matrix():
+    class Convolves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(4, 2), nn.Conv1d(2, 2, 3)
+
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 3\)"):
+        Muon(parameter_groups(Convolves()), **SETTINGS)
+
+
 # Schedules
 
 

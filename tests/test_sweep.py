@@ -39,8 +39,9 @@ def test_failures_are_told_and_hide_no_other_job(text_file, tmp_path):
     assert "NaN or infinite" in run.stderr
     assert "Traceback" not in run.stderr
     table = run.stdout[run.stdout.rindex("val/loss") :]
-    for word in ("completed", "failed", "exit code 2"):
+    for word in ("completed", "failed", "bad input", "job 0: optimizer.lr=-1", "job 1: the loss"):
         assert word in table
+    assert [bool(job["error"]) for job in jobs] == [True, True, False]
 
 
 def test_signal_to_a_job_that_is_still_starting_ends_the_sweep(text_file, tmp_path):
@@ -96,6 +97,7 @@ def composed(monkeypatch, capfd):
         class Job:
             def __init__(self, command, **_):
                 commands.append(command[3:])
+                self.stderr = []
 
             def poll(self):
                 return left.pop(0) if left else 0
@@ -152,6 +154,27 @@ def test_wrong_word_in_a_sweep_is_bad_input(composed, tmp_path, capfd):
     assert "'tiny'" in message
     assert "Traceback" not in message
     assert len(commands) <= 1
+
+
+def test_what_varies_is_what_has_several_values():
+    """However Hydra writes a value anew: compile=False for false, 0.001 for 1e-3, no quotes, none for null."""
+    fixed = (
+        "-m",
+        "compile=false",
+        "optimizer.eps=1e-3",
+        "data.files='[a.txt,b c.txt]'",
+        "trust=null",
+        "--config-dir",
+        "x",
+    )
+    varied = (
+        "model.n_kv_head=null,2",
+        "optimizer.lr=1e-3,2e-3",
+        "seed=range(1,4)",
+        "experiments=glob(*)",
+        "+x=choice(1,2)",
+    )
+    assert sweep.swept_keys([*fixed, *varied]) == {override.split("=")[0] for override in varied}
 
 
 def test_names_of_jobs_differ_and_are_good_file_names():

@@ -103,6 +103,8 @@ def test_the_tokenizer_learns_from_training_text_alone(tmp_path):
     assert prepared.tokenizer.characters == "a"
     assert prepared.meta["splits"]["train"]["coverage"] == 1
     assert prepared.meta["splits"]["validation"]["coverage"] == 0
+    assert prepared.meta["splits"]["train"]["unknown_tokens"] == 0
+    assert prepared.meta["splits"]["validation"]["unknown_tokens"] == 10
 
 
 def test_a_sentencepiece_tokenizer_is_trained_with_its_settings_and_kept(corpus, tmp_path, monkeypatch):

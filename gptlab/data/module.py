@@ -22,7 +22,7 @@ class DataConfig:
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
     strip_gutenberg: bool = True  # leave out Project Gutenberg's header and licence
-    batch_size: int = 32  # sequences a rank and micro-batch
+    batch_size: int = 16  # sequences a rank and micro-batch
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     num_workers: int = 0  # loader processes; memory-mapped tokens need none
 
