@@ -37,8 +37,9 @@ class Muon(torch.optim.Optimizer):
 
     It is torch's Muon (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025, section 2.2), so
     that one learning rate and one decay serve both. Torch's own class orthogonalises matrix by matrix and always in
-    bfloat16, which a processor without it emulates at a fortieth of the speed; here matrices of one shape go together, in
-    the type in which the device computes. One state holds both halves: a schedule reaches both, and so does a file.
+    bfloat16, which a processor without it emulates at a fortieth of the speed (benchmarks/muon.py); here matrices of
+    one shape go together, in the type in which the device computes. One state holds both halves: a schedule reaches
+    both, and so does a file.
     """
 
     def __init__(
