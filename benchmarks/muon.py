@@ -1,5 +1,6 @@
-"""What a step of the optimizer costs: AdamW, torch's Muon (matrices alone) and gptlab's, on one network of random
-gradients. `python benchmarks/muon.py` prints seconds a step and the ratio to AdamW, with the contenders taking turns.
+"""What a step of the optimizer costs: AdamW, torch's Muon (matrices alone) and gptlab's, on random gradients.
+
+`python benchmarks/muon.py` prints milliseconds a step and the ratio to AdamW; the contenders take turns.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def seconds_a_step(make: Callable[[GPT], torch.optim.Optimizer], config: GPTConf
         parameter.grad = torch.randn_like(parameter)
     optimizer = make(model)
     optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
         optimizer.step()

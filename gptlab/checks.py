@@ -30,11 +30,23 @@ def check(cfg: dict[str, Any]) -> None:
     """Raise ValueError with every value that cannot be; what depends on the text comes later."""
     assembly.require_device(cfg["trainer"]["accelerator"])
     assembly.wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
-    if faults := [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *model_faults(cfg)]:
+    if faults := list(missing_parts(cfg)):  # before what looks into them
+        raise ValueError("; ".join(faults))
+    faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *schedule_faults(cfg)]
+    if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
     check_data(config.data_config(cfg["data"]))
     assembly.validation_intervals(cfg)
     assembly.Watchers(cfg, RunFolder(Path()), assembly.steps_to_train(cfg["trainer"], 1))
+
+
+def missing_parts(cfg: dict[str, Any]) -> Iterator[str]:
+    """The parts without which there is no run, and what switches them off where that was meant."""
+    off = {"samples": "samples.every_steps=null", "checkpoint": "checkpoint.every_steps=null"}
+    for name in ("task", "optimizer", "schedule", "trainer", *off):
+        if not (isinstance(cfg[name], dict) and cfg[name].get("_target_")):
+            remedy = f"; {off[name]} switches off what it does at intervals" if name in off else ""
+            yield f"{name}={shown(cfg[name])}: no run is without it{remedy}"
 
 
 def value_faults(cfg: dict[str, Any]) -> Iterator[str]:
@@ -68,8 +80,16 @@ def optimizer_faults(cfg: dict[str, Any]) -> Iterator[str]:
     smallest = GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2)
     try:
         config.make(cfg["optimizer"])(parameter_groups(GPT(smallest)))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         yield str(error) if str(error).startswith("optimizer.") else f"optimizer: {error}"
+
+
+def schedule_faults(cfg: dict[str, Any]) -> Iterator[str]:
+    """What the schedule itself says of its values, asked for the first step of two."""
+    try:
+        config.make(cfg["schedule"])(0, 2)
+    except (TypeError, ValueError) as error:
+        yield f"schedule: {error}"
 
 
 def model_faults(cfg: dict[str, Any]) -> list[str]:
@@ -97,6 +117,9 @@ def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     faults = []
     for path, node in targets(config):
         name = node["_target_"]
+        if not isinstance(name, str):
+            faults.append(f"{path}._target_={name!r} is no dotted name")
+            continue
         if not name.startswith(TRUSTED_TARGETS + tuple(f"{package}." for package in trust)):
             faults.append(
                 f"{path}._target_={name!r}: allow it, if you trust that code, with trust={name.split('.')[0]}"
@@ -106,6 +129,9 @@ def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
             target = get_object(name)
         except Exception as error:
             faults.append(f"{path}._target_={name!r} cannot be imported ({error})")
+            continue
+        if not callable(target):
+            faults.append(f"{path}._target_={name!r} is neither a class nor a function")
             continue
         faults += misfits(path, target, node)
     if faults:
@@ -132,8 +158,14 @@ def misfits(path: str, target: Any, node: dict[str, Any]) -> Iterator[str]:
             try:
                 typeguard.check_type(accepted, hints[name])
             except typeguard.TypeCheckError:
-                words = [*accepted_words(hints[name]), *(["auto"] if name == "precision" else [])]
-                yield f"{path}.{name}={value!r} is not what it takes: {' | '.join(words)}{nearest(str(value), words)}"
+                words = list(dict.fromkeys(accepted_words(hints[name]) + ["auto"] * (name == "precision")))
+                close = nearest(str(value), [word for word in words if " " not in word])
+                yield f"{path}.{name}={shown(value)} is not what it takes: {' | '.join(words)}{close}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
 
 
 PLAIN_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true | false", type(None): "null"}

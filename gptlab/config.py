@@ -112,25 +112,14 @@ def is_below(key: str, names: tuple[str, ...]) -> bool:
 
 def known_keys(config_name: str) -> list[str]:
     """Every key that can be overridden, parents too."""
-    leaves = leaves_of(config_name, [])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        leaves = flat(OmegaConf.to_container(compose(config_name), resolve=False))
     keys = dict.fromkeys(leaves)
     for key in leaves:
         for end in range(key.count(".")):
             keys[key.rsplit(".", end + 1)[0]] = None
     return list(keys)
-
-
-def leaves_of(config_name: str, overrides: list[str]) -> dict[str, Any]:
-    """The flat config that `overrides` make, composed beside the one of this process."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return flat(OmegaConf.to_container(compose(config_name, overrides), resolve=False))
-
-
-def keys_set_by(config_name: str, words: list[str]) -> set[str]:
-    """The keys that words which may set any key, experiments=... say, give another value than the default."""
-    before, after = leaves_of(config_name, []), leaves_of(config_name, words)
-    return {key for key in after if key not in before or after[key] != before[key]}
 
 
 def groups() -> list[str]:

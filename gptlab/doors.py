@@ -23,7 +23,7 @@ from rich.table import Table
 
 from gptlab import checks, config, sweep
 from gptlab.explain import explain
-from gptlab.resume import FREE
+from gptlab.given import given_keys
 from gptlab.signals import SIGNALS, Interrupted
 
 log = logging.getLogger("gptlab")
@@ -115,7 +115,7 @@ def report(error: BaseException, before_first_step: bool) -> int:
         return CTRL_C
     if isinstance(error, Interrupted):
         return error.exit_code
-    if explained or (before_first_step and is_bad_input(error)):
+    if before_first_step and (explained or is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT
     message = (
@@ -132,20 +132,6 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
-def strip_key(override: str) -> str:
-    """The key that an override names: model.n_layer of +model.n_layer=4."""
-    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
-
-
-def overridden_keys(door: str) -> set[str]:
-    """The keys that the command line gives, and those that a word like experiments=... gives for it."""
-    keys = {strip_key(override): override for override in HydraConfig.get().overrides.task}
-    words = [keys.pop(word) for word in ("experiments", "stage") if word in keys]
-    # Where a run ends and what is watched is only ever taken from what was typed.
-    given = {key for key in config.keys_set_by(door, words) if not config.is_below(key, FREE)} if words else set()
-    return set(keys) | given
-
-
 def run_name(cfg: dict[str, Any]) -> str:
     """What a new run folder is called: the experiment, or model and data."""
     choices = HydraConfig.get().runtime.choices
@@ -158,7 +144,7 @@ def run_name(cfg: dict[str, Any]) -> str:
     return f"{choices['model']}-{stem or 'files'}"
 
 
-def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -> None:
+def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], int]) -> None:
     """Compose the config `name` from the command line, act on it, and exit. Each job of a sweep is its own process."""
     quiet()
     for signum in SIGNALS:
@@ -173,7 +159,7 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], set[str], str], int]) -
         try:
             plain = config.plain(cfg)
             checks.check_targets(plain, config.trusted(plain))
-            outcome["code"] = act(plain, overridden_keys(name), run_name(plain))
+            outcome["code"] = act(plain, given_keys(), run_name(plain))
         except BaseException as error:
             outcome["code"] = report(error, before_first_step=True)
 

@@ -19,7 +19,7 @@ def explain(error: BaseException, config_name: str = "train") -> str | None:
         cause = cause.__cause__ or cause.__context__
     said = "\n".join(str(link) for link in chain)
     if "Config group override must be a string or a list" in said:
-        return f"a group takes one of its words, not null; groups are {', '.join(groups())}"
+        return f"a group takes one of its words, not a number, null, true or false; groups are {', '.join(groups())}"
     composing = any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain)
     if not composing or any(isinstance(link, InstantiationException) for link in chain):
         return None

@@ -10,11 +10,11 @@ from gptlab.model import GPTConfig
 from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 
 
-def inherit(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
+def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
     """The config with the parent's network and record, the parent's checkpoint, and its tokenizer.
 
-    `overridden` are the keys given on the command line, which may be a word for a whole group: what contradicts the
-    parent is an error, except for the fields of the network that change no weight.
+    `overridden` are the keys given on the command line, each with what was typed for it: what contradicts the parent is
+    an error, except for the fields of the network that change no weight.
     """
     path = checkpoint.find(Path(cfg["init_from"]))
     parent = checkpoint.load(path)
@@ -24,7 +24,7 @@ def inherit(cfg: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], 
     faults |= tokenizer_faults(cfg["tokenizer"], tokenizer, config.trusted(cfg), overridden)
     if faults:
         above = {fault: [key for key in overridden if config.is_below(fault, (key,))] for fault in faults}
-        culprits = sorted({max(keys, key=len) for keys in above.values() if keys})
+        culprits = sorted({overridden[max(keys, key=len)] for keys in above.values() if keys})
         lines = [f"{key}: the parent has {has}, the command line {given}" for key, (has, given) in faults.items()]
         raise ValueError(
             f"init_from={path} brings its own network and tokenizer; leave out what contradicts them "
@@ -44,15 +44,17 @@ def free_fields(theirs: GPTConfig) -> set[str]:
 Faults = Iterator[tuple[str, tuple[Any, Any]]]
 
 
-def network_faults(node: dict[str, Any], theirs: GPTConfig, overridden: set[str]) -> Faults:
+def network_faults(node: dict[str, Any], theirs: GPTConfig, overridden: dict[str, str]) -> Faults:
     """The given fields that are not the parent's: key, the parent's value, ours."""
     for name, value in vars(theirs).items():
-        given = node[name] is not None and bool({"model", f"model.{name}"} & overridden)
+        given = node[name] is not None and bool({"model", f"model.{name}"} & set(overridden))
         if given and name not in free_fields(theirs) and node[name] != value:
             yield f"model.{name}", (value, node[name])
 
 
-def tokenizer_faults(node: dict[str, Any], theirs: Tokenizer, trust: tuple[str, ...], overridden: set[str]) -> Faults:
+def tokenizer_faults(
+    node: dict[str, Any], theirs: Tokenizer, trust: tuple[str, ...], overridden: dict[str, str]
+) -> Faults:
     """What was given for the tokenizer and makes, or is, another one than the parent's."""
     if node.get("path"):
         other = load_tokenizer(node["path"], trust)
@@ -67,6 +69,6 @@ def tokenizer_faults(node: dict[str, Any], theirs: Tokenizer, trust: tuple[str, 
         yield "tokenizer", (kind, node["_target_"].removesuffix(".train"))
         return
     for name, value in theirs.settings.items():
-        given = node.get(name) is not None and bool({"tokenizer", f"tokenizer.{name}"} & overridden)
+        given = node.get(name) is not None and bool({"tokenizer", f"tokenizer.{name}"} & set(overridden))
         if given and node[name] != value:
             yield f"tokenizer.{name}", (value, node[name])

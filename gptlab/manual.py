@@ -87,7 +87,7 @@ def default_words() -> dict[str, str]:
 
 def first_comment(text: str) -> str:
     """The first line of a config that is not Hydra's own header."""
-    return next(row for row in text.splitlines() if not row.startswith("# @")).removeprefix("#").strip()
+    return next((row for row in text.splitlines() if not row.startswith("# @")), "").removeprefix("#").strip()
 
 
 def line(name: str, says: str | None) -> str:

@@ -13,8 +13,9 @@ from gptlab import assembly, checks, doors
 from gptlab.data.windows import report
 
 
-def prepare(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
+def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Prepare the data that a run with this config would train on, and print what it is."""
+    cfg = assembly.absolute_paths(cfg)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
     data = assembly.build_data(cfg)

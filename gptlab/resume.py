@@ -92,12 +92,12 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
 
 
 def resumed_config(
-    saved: dict[str, Any], composed: dict[str, Any], overridden: set[str]
+    saved: dict[str, Any], composed: dict[str, Any], overridden: dict[str, str]
 ) -> tuple[dict[str, Any], bool]:
     """The run's own config with the overrides that it allows; and whether `seed` was given and ignored.
 
-    `composed` is what the command line makes, `overridden` the keys that it names. Raises ValueError with every other
-    override that differs, and both values.
+    `composed` is what the command line makes, `overridden` the keys that it names, with what was typed for each.
+    Raises ValueError with every other override that differs, and both values.
     """
     then, now = flat(saved), flat(composed)
     config = deepcopy(saved)
@@ -113,7 +113,8 @@ def resumed_config(
         elif key in ("seed", "samples.seed"):
             seed_ignored = True
         elif named != ["trainer"]:
-            faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r}")
+            typed = ", ".join(sorted({overridden[name] for name in named}))
+            faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r} ({typed})")
     if faults:
         raise ValueError(
             "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
@@ -132,7 +133,7 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def lift_the_other_limit(config: dict[str, Any], overridden: set[str]) -> None:
+def lift_the_other_limit(config: dict[str, Any], overridden: dict[str, str]) -> None:
     """Whoever gives a new max_steps or max_epochs wants the run to go on until then, whatever it ended by before."""
     steps, epochs = "trainer.max_steps" in overridden, "trainer.max_epochs" in overridden
     if steps and not epochs:

@@ -65,12 +65,19 @@ class RunFolder:
             else:
                 return cls(path)
 
+    @property
+    def held(self) -> list[str]:
+        return sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is more here than a run leaves that failed before its first step."""
+        return not NOT_BEGUN.issuperset(self.held) or any(self.checkpoints.glob("*"))
+
     def acquire(self, resume: bool) -> None:
         """Become the folder's owner. Raises ValueError if it has one, or holds files that a new run would mix with."""
-        held = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
-        has_begun = not NOT_BEGUN.issuperset(held) or any(self.checkpoints.glob("*"))
-        if not resume and has_begun:
-            held = [name for name in held if name != ".lock"]
+        if not resume and self.has_begun:
+            held = [name for name in self.held if name != ".lock"]
             raise ValueError(
                 f"run_dir={self.path} is not empty (it holds {', '.join(held[:3])}); "
                 f"choose another, or continue that run with resume={self.path}"

@@ -17,8 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from rich.table import Table
 
+from gptlab import signals
+
 INTERRUPTED = (130, 143)
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _jobs: list[dict[str, Any]] = []
 
 
@@ -28,7 +29,7 @@ def run_job(door: str) -> None:
         return  # whoever stopped that job wants the sweep to end
     hydra_config = HydraConfig.get()
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
-    swept = swept_keys(sys.argv[1:])
+    swept = swept_keys(sys.argv[1:]) | set(hydra_config.sweeper.get("params") or {})
     varied = [override for override in overrides if override.split("=")[0] in swept]  # what tells this job apart
     folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, varied)
     print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
@@ -36,24 +37,30 @@ def run_job(door: str) -> None:
     command = [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={quoted(str(folder))}"]
     # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in FORWARDED}
-    process = subprocess.Popen(command, process_group=0, stderr=subprocess.PIPE, text=True, bufsize=1)
+    handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in signals.SIGNALS}
+    process = subprocess.Popen(command, process_group=0, stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1)
     said: list[str] = []
-    listener = threading.Thread(target=repeat, args=(process.stderr, said))
+    listener = threading.Thread(target=repeat, args=(process.stderr, said), daemon=True)
     listener.start()
     try:
         while (exit_code := process.poll()) is None:
             while received:
                 process.send_signal(received.pop(0))
             time.sleep(0.05)
-        if -exit_code in FORWARDED:  # a signal that came before the job was able to end in its own way
-            exit_code = 130 if -exit_code == signal.SIGINT else 143
-        listener.join(timeout=10)
+        if -exit_code in signals.SIGNALS:  # a signal that came before the job was able to end in its own way
+            exit_code = signals.exit_code(-exit_code)
+        listener.join(timeout=5)  # longer only where something that the job has started outlives it
+        if received:  # after the job's end: it is the sweep that is meant
+            exit_code = signals.exit_code(received[0])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     job = {"job": hydra_config.job.num, "overrides": overrides, "varied": varied, "run_dir": str(folder)}
-    job |= {"exit_code": exit_code, "seconds": round(time.monotonic() - start, 1), "error": error_in(said)}
+    job |= {
+        "exit_code": exit_code,
+        "seconds": round(time.monotonic() - start, 1),
+        "error": error_in(said) if exit_code else None,
+    }
     _jobs.append(job)
     with open(Path(hydra_config.sweep.dir) / "sweep.jsonl", "a") as file:
         file.write(json.dumps(job) + "\n")
@@ -74,8 +81,9 @@ def swept_keys(arguments: list[str]) -> set[str]:
 def repeat(stream: IO[str], said: list[str]) -> None:
     """Pass on what a job writes to its standard error, and keep the end of it."""
     for line in stream:
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # whoever listened to this process may have gone
+            sys.stderr.write(line)
+            sys.stderr.flush()
         said.append(line)
         del said[:-50]
 

@@ -23,10 +23,11 @@ from gptlab.tokenizer import load_tokenizer
 log = logging.getLogger("gptlab")
 
 
-def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
+def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Train what `cfg` describes, or continue the run that it names; the exit code.
 
-    `overridden` are the keys given on the command line, `name` is what a new run folder is called.
+    `overridden` are the keys given on the command line, each with what was typed for it; `name` is what a new run
+    folder is called.
     """
     if cfg["resume"] is not None and cfg["init_from"] is not None:
         raise ValueError("resume continues a run and init_from starts a new one from its weights: give one of them")
@@ -52,14 +53,18 @@ def train(cfg: dict[str, Any], overridden: set[str], name: str) -> int:
         exit_code = run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
         return exit_code
     finally:
+        # A new folder that nobody asked for by name, in which nothing has begun, would only be in the way.
+        is_useless = exit_code == doors.BAD_INPUT and found is None and cfg["run_dir"] is None and not folder.has_begun
+        if is_useless:
+            folder.discard()
         folder.release()
-        if exit_code == doors.BAD_INPUT and found is None and cfg["run_dir"] is None:
-            folder.discard()  # nobody asked for it by name, and nothing has begun in it
-        else:
+        if not is_useless:
             doors.say(f"run: {folder.path}")
 
 
-def run(cfg: dict[str, Any], folder: RunFolder, overridden: set[str], resumes: bool, ckpt_path: Path | None) -> int:
+def run(
+    cfg: dict[str, Any], folder: RunFolder, overridden: dict[str, str], resumes: bool, ckpt_path: Path | None
+) -> int:
     """Build everything, train, and leave a result; the run folder is ours."""
     with doors.logging_to(folder.log), Outcome(folder, cfg) as outcome:
         seed_everything(cfg["seed"], workers=True, verbose=False)

@@ -75,12 +75,13 @@ def train(text_file: Path) -> Callable[..., int]:
 
     def run(run_dir: Path, *overrides: str) -> int:
         from gptlab import checks, config, doors
+        from gptlab.given import strip_key
         from gptlab.train import train as train_door
 
         doors.quiet()
         cfg = compose(*SMALL, f"data.files={text_file}", *overrides)
         checks.check_targets(cfg, config.trusted(cfg))
-        keys = {doors.strip_key(override) for override in overrides}
+        keys = {strip_key(override): override for override in overrides}
         if cfg["resume"] is None:
             cfg["run_dir"] = str(run_dir)
         return train_door(cfg, keys, "test")

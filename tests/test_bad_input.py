@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, prose
+from omegaconf import OmegaConf
 
 from gptlab import checkpoint
 from gptlab.callbacks.saving import Checkpoints
@@ -170,6 +171,13 @@ CONFIG_FAULTS = [
     ("trainer=mps", ("trainer=mps", "trainer=auto")),
     ("resume=x init_from=y", ("resume", "init_from", "one of them")),
     ("resume=nowhere", ("resume=nowhere", "no such run")),
+    ("samples=null", ("samples=null", "samples.every_steps=null")),
+    ("checkpoint=null", ("checkpoint=null", "checkpoint.every_steps=null")),
+    ("optimizer._target_=3", ("optimizer._target_=3", "no dotted name")),
+    ("optimizer._target_=gptlab.optim", ("optimizer._target_='gptlab.optim'", "neither a class nor a function")),
+    ("~optimizer.momentum", ("optimizer", "momentum")),
+    ("~schedule.warmup_steps", ("schedule", "warmup_steps")),
+    ("model.norm_eps=0", ("model.norm_eps=0", "more than 0")),
 ]
 
 
@@ -261,9 +269,9 @@ def test_init_from_with_another_architecture_or_tokenizer(refused, train, tmp_pa
     parent = good_run(train, tmp_path / "parent")
     other = good_run(train, tmp_path / "other", "tokenizer=char")
     cases = (
-        (("model.n_layer=3",), ("(model.n_layer)", "model.n_layer: the parent has 2, the command line 3")),
-        (("tokenizer=char",), ("(tokenizer)", "ByteTokenizer", "CharTokenizer")),
-        ((f"tokenizer.path={other}",), ("(tokenizer.path)", str(other))),
+        (("model.n_layer=3",), ("(model.n_layer=3)", "model.n_layer: the parent has 2, the command line 3")),
+        (("tokenizer=char",), ("(tokenizer=char)", "ByteTokenizer", "CharTokenizer")),
+        ((f"tokenizer.path={other}",), (f"(tokenizer.path={other})",)),
     )
     for number, (overrides, says) in enumerate(cases):
         message = refused(f"init_from={parent}", *overrides, run_dir=tmp_path / f"run{number}")
@@ -461,6 +469,24 @@ def test_bad_data_leaves_no_folder_that_nobody_named(refused, tmp_path):
     (tmp_path / "runs/2020-01-01").mkdir(parents=True)
     refused("data.files=nowhere.txt", run_dir=None)
     assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs/2020-01-01"]
+
+
+def test_a_fault_after_the_first_step_keeps_the_folder_whatever_it_was(text_file, tmp_path, monkeypatch, capsys):
+    """Even one of Hydra's or OmegaConf's, which before the first step would be the user's."""
+    import gptlab.train
+    from gptlab.callbacks.watching import ConsoleLines
+
+    def fail(*_):
+        return OmegaConf.create({"a": "${b}"}).a
+
+    monkeypatch.setattr(ConsoleLines, "on_validation_end", fail)
+    monkeypatch.setattr("sys.argv", ["train.py", *SMALL, f"data.files={text_file}", STEPS, "validation.every_steps=1"])
+    with pytest.raises(SystemExit) as exit_:
+        gptlab.train.main()
+    assert exit_.value.code == 1
+    assert_one_message(capsys.readouterr().err)
+    (status,) = (tmp_path / "runs").glob("*/*/status.json")
+    assert json.loads(status.read_text())["status"] == "failed"
 
 
 def test_ctrl_c_while_modules_are_imported_ends_quietly(tmp_path):

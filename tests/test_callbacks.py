@@ -487,6 +487,8 @@ def test_text_that_the_tokenizer_cannot_spell_is_an_alert_once(train, tmp_path, 
     assert train(child, *options) == 0
     assert "tokens are <unk>" in capsys.readouterr().out
     assert train(child, f"resume={child}", "trainer.max_steps=2") == 0
+    (alert,) = result(child)["alerts"]
+    assert "of the train tokens and" in alert["message"]
     kinds = [(alert["kind"], alert["step"]) for alert in result(child)["alerts"]]
     assert kinds == [("unknown", 0)]
 

@@ -293,10 +293,59 @@ def test_init_from_a_word_names_the_word_and_all_that_differs(train, tmp_path, c
     other = ("model=gpt2", "tokenizer=sentencepiece", "tokenizer.vocab_size=300")
     assert train(tmp_path / "child", *other, f"init_from={parent}") == 2
     message = capsys.readouterr().err
-    assert "(model, tokenizer.vocab_size)" in message
+    assert "(model=gpt2, tokenizer.vocab_size=300)" in message
     assert "model.norm: the parent has rmsnorm, the command line layernorm" in message
     assert "tokenizer.vocab_size: the parent has 320, the command line 300" in message
     assert train(tmp_path / "child", *sizes, f"init_from={parent}", "trainer.max_steps=1") == 0
+
+
+@pytest.fixture
+def commanded(text_file, monkeypatch, capsys):
+    """`commanded(*overrides)` trains by the whole command line: the exit code, and what standard error says."""
+    import gptlab.train
+
+    def run(*overrides: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["train.py", *overrides])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            gptlab.train.main()
+        return exit_.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_what_an_experiment_says_counts_as_said(commanded, text_file, tmp_path):
+    """Also where it says what is the default anyway, and where it chooses a word; and the message names it."""
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults:\n  - override /tokenizer: char\nmodel: {n_layer: 4, n_embd: 32}\n"
+    )
+    small = [word for word in SMALL if not word.startswith(("tokenizer", "model.n_layer", "model.n_embd"))]
+    run, limit = tmp_path / "run", "trainer.max_steps=1"
+    given = (f"data.files={text_file}", f"run_dir={run}", limit)
+    assert commanded(*small, *given, "experiments=mine", "model.n_layer=2") == (0, "")
+    code, message = commanded(f"resume={run}", "experiments=mine")
+    assert code == 2
+    assert "model.n_layer: the run has 2, the command line 4 (experiments=mine)" in message
+    child = (f"data.files={text_file}", f"run_dir={tmp_path / 'child'}", limit, f"init_from={run}")
+    code, message = commanded("experiments=mine", *child)
+    assert code == 2
+    assert "(experiments=mine)" in message
+    assert "model.n_layer: the parent has 2, the command line 4" in message
+    code, message = commanded(*child, "tokenizer=byte")
+    assert code == 2
+    assert "CharTokenizer" in message
+    assert commanded(f"resume={run}", "experiments=mine", "model.n_layer=2", "trainer.max_steps=2") == (0, "")
+
+
+def test_an_experiment_from_a_folder_given_by_config_dir(commanded, text_file, tmp_path):
+    folder = tmp_path / "elsewhere/experiments"
+    folder.mkdir(parents=True)
+    (folder / "far.yaml").write_text("# @package _global_\n# Far\nseed: 5\n")
+    given = (*SMALL, f"data.files={text_file}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1")
+    assert commanded("--config-dir", str(folder.parent), "experiments=far", *given)[0] == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["seed"] == 5
 
 
 def test_resume_auto_says_that_it_found_nothing(train, tmp_path, capsys):

@@ -156,6 +156,17 @@ def test_wrong_word_in_a_sweep_is_bad_input(composed, tmp_path, capfd):
     assert len(commands) <= 1
 
 
+def test_what_a_job_writes_to_standard_error_may_be_any_bytes(tmp_path):
+    program = "import os; os.write(2, b'\\xe9' * 300_000 + b'\\nerror: the end\\n')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1
+    )
+    said: list[str] = []
+    sweep.repeat(process.stderr, said)
+    assert process.wait(timeout=20) == 0
+    assert sweep.error_in(said) == "the end"
+
+
 def test_what_varies_is_what_has_several_values():
     """However Hydra writes a value anew: compile=False for false, 0.001 for 1e-3, no quotes, none for null."""
     fixed = (

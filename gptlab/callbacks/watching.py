@@ -170,13 +170,12 @@ class Alerts(StepCallback):
 
     def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
         prepared = getattr(trainer.datamodule, "prepared", None)  # somebody's own data need not have it
-        for side, split in {} if prepared is None else prepared.meta["splits"].items():
-            if (share := split["unknown_tokens"] / split["tokens"]) > self.UNKNOWN_SHARE:
-                message = (
-                    f"{share:.1%} of the {side} tokens are <unk>: the tokenizer cannot spell this text, and bits per "
-                    "byte does not compare with another tokenizer's"
-                )
-                self._alert(0, "unknown", message, "tokenizer=sentencepiece or byte, or one that learnt this text")
+        splits = {} if prepared is None else prepared.meta["splits"]
+        shares = {side: split["unknown_tokens"] / split["tokens"] for side, split in splits.items()}
+        if shares and max(shares.values()) > self.UNKNOWN_SHARE:
+            said = " and ".join(f"{share:.1%} of the {side} tokens" for side, share in shares.items())
+            message = f"{said} are <unk>: the tokenizer cannot spell this text, and bits per byte compares with nothing"
+            self._alert(0, "unknown", message, "tokenizer=sentencepiece or byte, or one that learnt this text")
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         figures = self.monitor.figures

@@ -1,0 +1,50 @@
+"""What the command line gives: each key, with the word that was typed for it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+
+from gptlab.config import flat, is_below
+from gptlab.resume import FREE
+
+FOR_ANY_KEY = ("experiments", "stage")  # groups whose words set keys anywhere
+
+
+def strip_key(override: str) -> str:
+    """The key that an override names: model.n_layer of +model.n_layer=4."""
+    return re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def given_keys() -> dict[str, str]:
+    """The keys of this process's command line, and those that an experiment among them gives, each with its override.
+
+    Where a run ends and what is watched is only ever taken from what was typed, never from an experiment.
+    """
+    typed = {strip_key(override): override for override in HydraConfig.get().overrides.task}
+    given = {
+        key: typed[group]
+        for group in FOR_ANY_KEY
+        if group in typed
+        for word in re.findall(r"[\w./-]+", typed[group].partition("=")[2])
+        for key in keys_in(group, word)
+        if not is_below(key, FREE)
+    }
+    return given | {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}
+
+
+def keys_in(group: str, word: str) -> Iterator[str]:
+    """The keys that the file of a word sets, and the groups that it chooses for."""
+    folders = [Path(source.path) for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    file = next((path for folder in folders if (path := folder / group / f"{word}.yaml").is_file()), None)
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
+    if not isinstance(content, dict):
+        return
+    for entry in content.pop("defaults", []):
+        if isinstance(entry, dict):
+            yield from (re.sub(r"^override |@.*$", "", key).strip().strip("/") for key in entry)
+        elif entry != "_self_":
+            yield from keys_in(group, entry)
+    yield from (key for key in flat(content) if key)
