@@ -87,7 +87,7 @@ def describe_cost(node: GPTConfig, batch_size: int, precision: str, trust: tuple
         f"{figures.parameters / 1e6:.2f} M parameters "
         f"({figures.parameters_non_embedding / 1e6:.2f} M without embeddings), "
         f"{figures.flops_per_token / 1e6:.3g} MFLOPs a trained token, "
-        f"about {figures.memory_bytes / 2**30:.2g} GiB to train with AdamW"
+        f"up to about {figures.memory_bytes / 2**30:.2g} GiB to train"
     )
 
 

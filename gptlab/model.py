@@ -73,7 +73,8 @@ class GPTConfig:
         faults = [f"model.{name}={getattr(self, name)} must be at least 1" for name in low]
         if not {"n_head", "n_embd"} & set(low):
             if self.n_embd % self.n_head:
-                near = round(self.n_embd / self.n_head) * self.n_head or self.n_head
+                step = self.n_head * (2 if self.positions == "rope" else 1)
+                near = round(self.n_embd / step) * step or step
                 faults.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; {near} is")
             elif self.positions == "rope" and self.head_width % 2:
                 faults.append(f"model.positions=rope needs an even head width, n_embd / n_head is {self.head_width}")

@@ -115,7 +115,7 @@ def summarise(show: Callable[[Table], None]) -> int:
     if not _jobs:
         return 0
     table = Table(title="sweep", title_justify="left")
-    for column in ("job", "overrides", "status", "steps", "val/loss", "seconds", "run"):
+    for column in ("job", "overrides", "status", "steps", "val/loss", "total s", "run"):
         table.add_column(column, overflow="fold")
     for job in _jobs:
         result = read_result(Path(job["run_dir"]))
@@ -128,7 +128,7 @@ def summarise(show: Callable[[Table], None]) -> int:
             str(result.get("steps", "")),
             "" if loss is None else f"{loss:.4f}",
             str(job["seconds"]),
-            job["run_dir"],
+            job["run_dir"] if Path(job["run_dir"]).exists() else "none",
         )
     show(table)
     for job in _jobs:

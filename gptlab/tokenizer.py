@@ -145,7 +145,7 @@ def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
     candidates = [path / SIDECAR, path / "tokenizer" / SIDECAR] if path.is_dir() else [path]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise ValueError(f"no tokenizer at {path}: there is no file {' or '.join(map(str, candidates))}")
+        raise ValueError(f"no tokenizer at {path}: give tokenizer.path a run, or a tokenizer folder or file")
     try:
         if file.suffix != ".json":
             return SentencePieceTokenizer(file.read_bytes())

@@ -299,7 +299,7 @@ def test_a_file_that_cannot_be_trusted_is_refused_by_name(tmp_path, changes, mes
 
 
 def test_damaged_and_missing_files_are_refused_by_name(tokenizers, tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer at .*there is no file"):
+    with pytest.raises(ValueError, match=r"no tokenizer at .*give tokenizer.path"):
         load_tokenizer(tmp_path)
     tokenizers["bpe"].save(tmp_path)
     model = tmp_path / "tokenizer.model"
