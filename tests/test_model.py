@@ -426,7 +426,7 @@ def test_bf16_autocast_is_close(attention):
         ({"n_embd": 0}, "model.n_embd=0 must be at least 1"),
         ({"mlp_width": 0}, "model.mlp_width=0 must be at least 1"),
         ({"n_embd": 30}, "model.n_embd=30 is not divisible by model.n_head=4; 32 is"),
-        ({"n_embd": 2}, "model.n_embd=2 is not divisible by model.n_head=4; 4 is"),
+        ({"n_embd": 2}, "model.n_embd=2 is not divisible by model.n_head=4; 8 is"),
         ({"n_embd": 36}, "model.positions=rope needs an even head width"),
         ({"n_kv_head": 3}, "model.n_head=4 is not divisible by model.n_kv_head=3"),
         ({"positions": "alibi"}, "model.positions='alibi' is none of rope, learned"),
