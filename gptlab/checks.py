@@ -28,10 +28,10 @@ TRUSTED_TARGETS = (
 
 def check(cfg: dict[str, Any]) -> None:
     """Raise ValueError with every value that cannot be; what depends on the text comes later."""
-    assembly.require_device(cfg["trainer"]["accelerator"])
-    assembly.wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
     if faults := list(missing_parts(cfg)):  # before what looks into them
         raise ValueError("; ".join(faults))
+    assembly.require_device(cfg["trainer"]["accelerator"])
+    assembly.wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
     faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *schedule_faults(cfg)]
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
@@ -112,10 +112,10 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from targets(value, f"{path}[{index}]")
 
 
-def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+def check_targets(cfg: dict[str, Any], trust: tuple[str, ...]) -> None:
     """Raise one ValueError with every `_target_` that is not trusted, and every value that it would not take."""
     faults = []
-    for path, node in targets(config):
+    for path, node in targets(cfg):
         name = node["_target_"]
         if not isinstance(name, str):
             faults.append(f"{path}._target_={name!r} is no dotted name")

@@ -1,4 +1,4 @@
-"""All that knows Hydra besides the doors: schemas, search path, checks, and the messages of what went wrong."""
+"""From the command line to a plain config: schemas, search path, known keys and words."""
 
 import functools
 import os
