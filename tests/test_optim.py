@@ -93,6 +93,37 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
+def naive_muon(matrices: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
+    """The update of Jordan et al. (2024) at the size of Liu et al. (2025), matrix by matrix, in float64."""
+    lr, decay, momentum = SETTINGS["lr"], SETTINGS["weight_decay"], SETTINGS["momentum"]
+    found = []
+    for number, matrix in enumerate(matrices):
+        weight, buffer = matrix.double(), torch.zeros_like(matrix, dtype=torch.float64)
+        for step in gradients:
+            gradient = step[number].double()
+            buffer = momentum * buffer + (1 - momentum) * gradient
+            x = momentum * buffer + (1 - momentum) * gradient
+            x = x / x.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+            weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(matrix.shape)) * x
+        found.append(weight)
+    return found
+
+
+def test_muon_is_the_naive_muon(monkeypatch):
+    monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: False)
+    model = build()
+    optimizer = Muon(parameter_groups(model), **SETTINGS)
+    matrices = next(group["params"] for group in optimizer.param_groups if group["kind"] == "matrix")
+    start, gradients = [matrix.detach().clone() for matrix in matrices], []
+    for step in range(5):
+        train(model, optimizer, steps=1, first=step)
+        gradients.append([matrix.grad.clone() for matrix in matrices])
+    for expected, found in zip(naive_muon(start, gradients), matrices, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
 def test_muon_is_the_muon_and_adamw_of_torch(monkeypatch):
     monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: True)  # as torch does anywhere
     ours = build()
@@ -106,10 +137,13 @@ def test_muon_is_the_muon_and_adamw_of_torch(monkeypatch):
     start = copy.deepcopy(ours)
     train(ours, Muon(parameter_groups(ours), **SETTINGS), steps=5)
     train(theirs, muon, adamw, steps=5)
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)  # its bfloat16 adds up in another order
-    for (name, before), after in zip(start.named_parameters(), ours.parameters(), strict=True):
-        assert not torch.equal(before, after), name
+    matrices = {id(parameter) for parameter in groups["matrix"]["params"]}
+    for (name, before), a, b in zip(start.named_parameters(), ours.parameters(), theirs.parameters(), strict=True):
+        if id(b) in matrices:  # bfloat16 adds up in another order, on another processor in yet another
+            assert (a - b).norm() < 0.02 * (b - before).norm(), name
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
+        assert not torch.equal(before, a), name
 
 
 @pytest.mark.parametrize("bf16", [False, True])
