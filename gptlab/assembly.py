@@ -115,6 +115,7 @@ def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_step
         schedule=config.make(cfg["schedule"]),
         total_steps=total_steps,
         separate_documents=cfg["documents"] == "separate",
+        skip_nonfinite=cfg["nonfinite"] == "skip",
         compile=wants_compile(cfg["compile"], cfg["trainer"]["accelerator"]),
     )
 
@@ -158,6 +159,7 @@ class Watchers:
     """The callbacks of a run, in the order in which they act at the end of a step."""
 
     def __init__(self, cfg: dict[str, Any], folder: RunFolder, total_steps: int):
+        self.seed = cfg["seed"]
         self.compile = CompileAhead(must=cfg["compile"] is True)
         self.budget = Budget(total_steps, cfg["max_time"])
         self.monitor = Monitor(cfg["log"]["every_steps"], self.budget, cfg["log"]["peak_tflops"])
@@ -171,7 +173,7 @@ class Watchers:
 
     def callbacks(self, on_terminal: bool) -> list[Callback]:
         return [
-            RandomState(),
+            RandomState(self.seed),
             self.compile,
             self.budget,
             self.monitor,
@@ -203,7 +205,7 @@ def build_trainer(
         **validation_intervals(cfg),
         callbacks=watchers.callbacks(on_terminal),
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(watchers.checkpoints.background)],
         default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,

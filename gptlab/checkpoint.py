@@ -1,57 +1,30 @@
 """Checkpoint files: written whole or not at all, holding only tensors and plain types, and read back as such."""
 
-import os
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from gptlab.files import require_space, write_listed
 from gptlab.model import GPT, GPTConfig
 from gptlab.tokenizer import Tokenizer, tokenizer_from_state
 
-FORMAT = 1
 OWN_KEY = "gptlab"  # our part of a checkpoint: {format, model, tokenizer, ...}
 MODEL_PREFIX = "model."  # where the network's weights stand in `state_dict`
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill `path`, so that after any crash either the old file or the whole new one is there.
+def save(checkpoint: dict[str, Any], path: Path, links: Sequence[Path] = ()) -> None:
+    """Write a checkpoint atomically, enter it in its folder's manifest, and give it the further names `links`.
 
-    Raises OSError (no space left, read-only folder) with the old file untouched and nothing left behind.
+    Raises OSError, naming the file, when the disk is full or read-only; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name survives a power cut too
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a failed write names no file
-            error.filename = str(path)
-        raise
-
-
-def sweep_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left half-written; call it only while no other process writes there."""
-    for leftover in folder.glob(".*.tmp.*"):
-        leftover.unlink(missing_ok=True)
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically. Raises OSError, naming the file, when the disk is full or read-only."""
 
     def write(file: BinaryIO) -> None:
         try:
@@ -62,11 +35,18 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             raise
 
     try:
-        write_atomically(path, write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, tensor_bytes(checkpoint))
+        write_listed(path, write, checkpoint.get("global_step", -1), links)
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; no checkpoint was written, an older one is as it was", str(path)
         ) from error
+
+
+def tensor_bytes(content: Any) -> int:
+    """The bytes of all tensors in nested dicts, lists and tuples."""
+    return sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
 
 
 def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -85,11 +65,30 @@ def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     own = checkpoint.get(OWN_KEY) if isinstance(checkpoint, dict) else None
     if own is None:
         raise ValueError(f"{path}: a torch file, but no checkpoint of gptlab: it has no {OWN_KEY!r} entry")
-    if own["format"] != FORMAT:
+    if own["format"] > FORMAT:
         raise ValueError(
-            f"{path}: checkpoint format {own['format']}, this gptlab reads {FORMAT}; use the gptlab it came from"
+            f"{path}: a checkpoint of format {own['format']}, this gptlab knows up to {FORMAT}; use a newer one"
         )
+    for migrate in MIGRATIONS[own["format"] - 1 :]:
+        migrate(checkpoint)
     return checkpoint
+
+
+def _from_1(checkpoint: dict[str, Any]) -> None:
+    checkpoint[OWN_KEY] |= {"format": 2, "skipped_steps": 0, "hardware": None}
+    if random := checkpoint.get("callbacks", {}).get("RandomState"):
+        checkpoint["callbacks"]["RandomState"] = {"ranks": [random | {"cuda": (random["cuda"] or [None])[0]}]}
+
+
+MIGRATIONS = (_from_1,)  # of a checkpoint, from format 1 to 2 and so on
+FORMAT = len(MIGRATIONS) + 1
+
+
+def checksum_fault(path: Path) -> str | None:
+    """What the CRC-32 of each part of the file, which torch writes and does not read, says against it, if anything."""
+    with zipfile.ZipFile(path) as file:
+        part = file.testzip()
+    return f"{path}: damaged, the checksum of its part {part} is wrong" if part else None
 
 
 def describe(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def missing_parts(cfg: dict[str, Any]) -> Iterator[str]:
 def value_faults(cfg: dict[str, Any]) -> Iterator[str]:
     if cfg["documents"] not in ("joined", "separate"):
         yield f"documents={cfg['documents']!r} is none of joined, separate"
+    if cfg["nonfinite"] not in ("stop", "skip"):
+        yield f"nonfinite={cfg['nonfinite']!r} is none of stop, skip"
     if not 0 <= cfg["seed"] < 2**32:
         yield f"seed={cfg['seed']} must be at least 0 and less than 2^32"
     if cfg["max_time"] is not None and cfg["max_time"] <= 0:

@@ -38,6 +38,7 @@ class TrainConfig:
     max_time: float | None = MISSING
     compile: Any = MISSING
     documents: str = MISSING
+    nonfinite: str = MISSING
     deterministic: bool = MISSING
     run_dir: str | None = MISSING
     resume: str | None = MISSING

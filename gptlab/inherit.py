@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab import checkpoint, config
-from gptlab.data.tokens import sha256_of_file
+from gptlab.files import sha256_of_file
 from gptlab.model import GPTConfig
 from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 

@@ -1,14 +1,20 @@
 """Continuing a run: in its own folder, with its own config, from its newest checkpoint."""
 
+import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gptlab import checkpoint
 from gptlab.config import flat, is_below
+from gptlab.files import Manifest, write_atomically
 from gptlab.run import RunFolder, unfinished_runs
+
+log = logging.getLogger("gptlab")
 
 # What may differ from the run as it began: where it runs, when it stops, and what is watched how often.
 FREE = (
@@ -20,18 +26,46 @@ FREE = (
         "trainer.max_epochs",
         "max_time",
     ),
-    *("logger", "validation.every_steps", "checkpoint.every_steps", "checkpoint.every_epochs", "samples.every_steps"),
-    *("log.every_steps", "trust"),
+    *("logger", "validation.every_steps", "samples.every_steps", "log.every_steps", "trust"),
+    *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "every_minutes", "keep_last", "background")),
 )
 OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
 
 
+def save_config(cfg: dict[str, Any], folder: RunFolder) -> None:
+    text = yaml.safe_dump({"format": RUN_FORMAT} | cfg, sort_keys=False, allow_unicode=True)
+    write_atomically(folder.config, lambda file: file.write(text.encode()))
+
+
 def saved_config(folder: RunFolder) -> dict[str, Any]:
+    """The config of a run, in the form that this version has. Raises ValueError where there is none that it knows."""
     if not folder.config.is_file():
         raise ValueError(f"resume={folder.path}: no config.yaml there, so it is no run folder")
-    content = OmegaConf.to_container(OmegaConf.load(folder.config))
-    assert isinstance(content, dict)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(folder.config))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder.config}: damaged, it is no YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or not isinstance(found := content.pop("format", 1), int):
+        raise ValueError(f"{folder.config}: damaged, it holds no config of a run")
+    if found > RUN_FORMAT:
+        raise ValueError(
+            f"{folder.path}: a run folder of format {found}, this gptlab knows up to {RUN_FORMAT}; use a newer one"
+        )
+    try:
+        for migrate in MIGRATIONS[found - 1 :]:
+            migrate(content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder.config}: damaged, it holds no config of a run ({error} is missing)") from error
     return content
+
+
+def _from_1(config: dict[str, Any]) -> None:
+    config["checkpoint"] |= {"every_minutes": None, "background": False}
+    config["nonfinite"] = "stop"
+
+
+MIGRATIONS = (_from_1,)  # of the config, from format 1 to 2 and so on
+RUN_FORMAT = len(MIGRATIONS) + 1
 
 
 def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -50,7 +84,10 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
                 raise ValueError(
                     f"resume={path}: this file is no checkpoint in a run folder; init_from takes weights alone"
                 )
-            return RunFolder(path.absolute().parent.parent), path.absolute()
+            path = path.absolute()
+            if fault := fault_of(path, Manifest(path.parent)):
+                raise ValueError(fault)
+            return RunFolder(path.parent.parent), path
         if not path.is_dir():
             raise ValueError(f"resume={path}: there is no such run folder or checkpoint")
         folder = RunFolder(path)
@@ -72,23 +109,37 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
 
 
 def newest_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest file of a run that loads, last.ckpt first; None where the run never saved.
+    """The newest file of a run that is whole; None where the run never saved. Says what is wrong with newer ones.
 
-    Raises ValueError if there are files and none loads: starting over in silence would lose the run.
+    Raises ValueError if there are files and none is whole: starting over in silence would lose the run.
     """
+    manifest = Manifest(folder.checkpoints)
     files = sorted(folder.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    files.sort(key=lambda path: path != folder.last)
+    files.sort(key=lambda path: (-manifest.step_of(path), path != folder.last))
+    if files and manifest.fault:
+        log.warning("%s in %s: each file is held to its own checksums", manifest.fault, folder.checkpoints)
     faults = []
     for path in files:
-        try:
-            checkpoint.load(path)
-        except ValueError as error:
-            faults.append(str(error))
-        else:
-            return path
+        if fault := fault_of(path, manifest):
+            faults.append(fault)
+            continue
+        for passed_over in faults:
+            log.warning("passed over: %s", passed_over)
+        return path
     if faults:
         raise ValueError("\n".join(faults))
     return None
+
+
+def fault_of(path: Path, manifest: Manifest) -> str | None:
+    """Why a checkpoint cannot be resumed from, if so."""
+    if manifest.fault is None and (fault := manifest.fault_of(path)):
+        return f"{path}: {fault}"
+    try:
+        checkpoint.load(path)
+    except ValueError as error:
+        return str(error)
+    return None if manifest.fault is None else checkpoint.checksum_fault(path)
 
 
 def resumed_config(

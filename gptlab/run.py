@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gptlab.checkpoint import sweep_leftovers, write_atomically
+from gptlab.files import sweep_leftovers, write_atomically
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

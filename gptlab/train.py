@@ -9,14 +9,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors
-from gptlab.data.module import TextDataModule
+from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
+from gptlab.machine import hardware
 from gptlab.outcome import Outcome
-from gptlab.resume import find_run, resumed_config, saved_config
+from gptlab.resume import find_run, resumed_config, save_config, saved_config
 from gptlab.run import RunFolder
 from gptlab.tokenizer import load_tokenizer
 
@@ -88,7 +89,7 @@ def run(
         state = None if ckpt_path is None else checkpoint.load(ckpt_path)
         if state is not None:
             step = state["global_step"]
-            log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
+            log.info("continuing from %s, at step %s%s", ckpt_path, f"{step:,}", other_machine(state))
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
         if state is not None:
@@ -111,6 +112,15 @@ def run(
     return outcome.exit_code
 
 
+def other_machine(state: dict[str, Any]) -> str:
+    """What to say where a checkpoint comes from another machine; bit for bit is promised on the same kind alone."""
+    then, now = state[checkpoint.OWN_KEY]["hardware"], hardware(torch.device("cpu"))
+    if then is None:  # an older gptlab did not write it down
+        return ""
+    changed = [f"{key} {then[key]} then, {now[key]} now" for key in ("processor", "threads") if then[key] != now[key]]
+    return f" (close to the uninterrupted run, but not bit for bit: {'; '.join(changed)})" if changed else ""
+
+
 def describe_data(data: TextDataModule) -> str:
     """One line on the text that a run is about to see."""
     train, validation = (data.prepared.meta["splits"][side] for side in ("train", "validation"))
@@ -123,17 +133,12 @@ def describe_data(data: TextDataModule) -> str:
 
 def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> str:
     """One line on the steps to come, and a word where the learning rate never reaches its peak."""
-    windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"] * trainer.world_size
+    windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"] * data_rank(trainer)[1]
     line = f"{total_steps:,} steps of {windows} windows on {trainer.strategy.root_device}, {trainer.precision}"
     warmup = cfg["schedule"].get("warmup_steps") or 0
     if warmup >= total_steps:
         line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"
     return line
-
-
-def save_config(cfg: dict[str, Any], folder: RunFolder) -> None:
-    text = yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True)
-    checkpoint.write_atomically(folder.config, lambda file: file.write(text.encode()))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, prose
 from omegaconf import OmegaConf
 
-from gptlab import checkpoint
+from gptlab import checkpoint, files
 from gptlab.callbacks.saving import Checkpoints
 from gptlab.run import RunFolder
 
@@ -248,6 +248,7 @@ def test_checkpoint_that_is_none(refused, train, tmp_path, key, kind):
     whole = file.read_bytes()
     if kind == "malicious":
         torch.save({"gptlab": Malicious()}, file)
+        (file.parent / "manifest.json").unlink()  # which would have refused it for its size
     elif kind == "torch file":
         torch.save({"a": 1}, file)
     elif kind == "no run":
@@ -397,16 +398,16 @@ def test_full_disk_in_mid_run_keeps_the_old_checkpoint_and_the_run_goes_on_later
 
 def test_disk_that_fills_while_saving(train, tmp_path, monkeypatch, capsys):
     """The same without a mount: a save fails after the first few steps."""
-    real = Checkpoints.save_last
+    real = Checkpoints._save
     calls = []
 
-    def failing(self, trainer):
+    def failing(self, trainer, **options):
         calls.append(trainer.global_step)
         if trainer.global_step >= 4:
             raise OSError(errno.ENOSPC, "No space left on device", str(self.folder / "last.ckpt"))
-        real(self, trainer)
+        real(self, trainer, **options)
 
-    monkeypatch.setattr(Checkpoints, "save_last", failing)
+    monkeypatch.setattr(Checkpoints, "_save", failing)
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=8", "checkpoint.every_steps=2") == 1
     assert_one_message(capsys.readouterr().err)
@@ -414,7 +415,7 @@ def test_disk_that_fills_while_saving(train, tmp_path, monkeypatch, capsys):
     assert (status["status"], status["step"]) == ("failed", 4)
     assert "No space left" in status["error"]
     assert json.loads((run / "result.json").read_text())["status"] == "failed"
-    monkeypatch.setattr(Checkpoints, "save_last", real)
+    monkeypatch.setattr(Checkpoints, "_save", real)
     assert checkpoint.load(run / "checkpoints/last.ckpt")["global_step"] == 2
     assert train(run, f"resume={run}") == 0
     assert json.loads((run / "result.json").read_text())["steps"] == 8
@@ -422,14 +423,14 @@ def test_disk_that_fills_while_saving(train, tmp_path, monkeypatch, capsys):
 
 def test_save_that_fails_half_way_leaves_the_old_file(tmp_path):
     path = tmp_path / "last.ckpt"
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+    files.write_atomically(path, lambda file: file.write(b"old"))
 
     def half(file: io.BufferedWriter) -> None:
         file.write(b"ne")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, half)
+        files.write_atomically(path, half)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 

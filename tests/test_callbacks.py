@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import os
@@ -165,6 +166,74 @@ def test_infinite_gradient_is_not_saved(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=20", "checkpoint.every_steps=1", "log.every_steps=null") == 1
     assert step_of(run / "checkpoints/last.ckpt") == 3
+
+
+def poison(monkeypatch, at: set[int]) -> None:
+    """Make loss and gradients of the steps that would become step `at` NaN."""
+    real = LMTask.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss = real(self, batch, batch_idx)
+        if self.trainer.global_step + 1 in at:
+            self.step_sums *= math.nan
+            loss = loss * math.nan
+        return loss
+
+    monkeypatch.setattr(LMTask, "training_step", poisoned)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(train, tmp_path, monkeypatch, optimizer):
+    """Weights and optimizer stay as they are at such a step, and the figures leave it out."""
+    poison(monkeypatch, {5, 6, 9})
+    run = tmp_path / "run"
+    options = ("nonfinite=skip", "checkpoint.every_steps=1", "checkpoint.keep_last=100", f"optimizer={optimizer}")
+    assert train(run, "trainer.max_steps=12", *options) == 0
+    assert result(run)["skipped_steps"] == 3
+    assert all(float(row["train/loss"]) < 6 for row in rows(run) if row["step"] not in ("5", "6", "9"))
+    states = [checkpoint.load(run / f"checkpoints/step-{step:08d}.ckpt") for step in (4, 6, 7)]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+    one, two = [state["optimizer_states"][0]["state"] for state in states[:2]]
+    for index in one:
+        for name, value in one[index].items():
+            assert torch.equal(value, two[index][name])
+    changed = [name for name, w in states[1]["state_dict"].items() if not torch.equal(w, states[2]["state_dict"][name])]
+    assert "model.embed.weight" in changed
+    assert states[2]["gptlab"]["skipped_steps"] == 2
+
+
+def test_skipping_ends_where_every_step_would_be_skipped(train, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, set(range(7, 100)))
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=40", "nonfinite=skip", "checkpoint.every_steps=2") == 1
+    assert "10 steps in a row, up to step 16" in capsys.readouterr().err
+    kept = checkpoint.load(run / "checkpoints/last.ckpt")
+    assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+
+
+def test_a_checkpoint_after_so_many_minutes(train, tmp_path):
+    run = tmp_path / "run"
+    options = ("checkpoint.every_steps=null", "checkpoint.keep_last=1000", "max_time=2", "trainer.max_steps=100000")
+    assert train(run, *options, f"checkpoint.every_minutes={0.5 / 60}") == 0
+    steps = [int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.ckpt")]
+    assert 2 <= len(steps) <= 4
+
+
+def test_what_fails_in_the_background_ends_the_run(train, tmp_path, monkeypatch, capsys):
+    real = checkpoint.save
+
+    def failing(state, path, links=()):
+        if state["global_step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(state, path, links)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    run = tmp_path / "run"
+    options = ("checkpoint.background=true", "checkpoint.every_steps=2", "trainer.max_steps=100000")
+    assert train(run, *options) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert step_of(run / "checkpoints/last.ckpt") == 2
 
 
 # When it ends

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL, door
+
+from gptlab import checkpoint
 
 STEPS = 13  # an epoch has 5 of them
 RUN = (
@@ -130,17 +133,123 @@ def test_resume_auto_finds_the_unfinished_run_of_this_config_or_starts_one(train
     assert len([path for path in (tmp_path / "runs").glob("*/*") if path.is_dir()]) == 3
 
 
-def test_damaged_last_checkpoint_falls_back_to_an_older_valid_one(train, tmp_path):
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize("manifest", ["there", "damaged", "gone"])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_damaged_checkpoint_falls_back_to_the_newest_valid_one_and_says_so(train, tmp_path, capsys, damage, manifest):
     whole = tmp_path / "whole"
     assert train(whole, *RUN) == 0
     part = interrupted_at(whole, 6, tmp_path / "part")
-    for file in (part / "checkpoints").glob("step-*.ckpt"):
+    folder = part / "checkpoints"
+    for file in folder.glob("step-*.ckpt"):
         if file.name > "step-00000005.ckpt":
             file.unlink()
-    (part / "checkpoints/best.ckpt").unlink()
-    (part / "checkpoints/last.ckpt").write_bytes((part / "checkpoints/last.ckpt").read_bytes()[:5000])
+    (folder / "best.ckpt").unlink()
+    damage(folder / "last.ckpt")
+    if manifest == "damaged":
+        (folder / "manifest.json").write_text("{")
+    elif manifest == "gone":
+        (folder / "manifest.json").unlink()
+    capsys.readouterr()
+    assert train(part, f"resume={part}") == 0
+    said = capsys.readouterr().out
+    assert f"passed over: {folder / 'last.ckpt'}" in said
+    assert f"continuing from {folder / 'step-00000005.ckpt'}, at step 5" in said
+    assert ("its own checksums" in said) == (manifest != "there")
+    assert_same_run(whole, part)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, *RUN, "trainer.max_steps=3") == 0
+    flip_a_bit(run / "checkpoints/step-00000002.ckpt")
+    with pytest.raises(ValueError, match=r"step-00000002.ckpt: its bytes are none that manifest.json knows"):
+        train(run, f"resume={run}/checkpoints/step-00000002.ckpt")
+    assert train(run, f"resume={run}/checkpoints/step-00000001.ckpt") == 0
+
+
+def as_format_1(run: Path) -> None:
+    """The run folder as the first version of gptlab left it."""
+    cfg = yaml.safe_load((run / "config.yaml").read_text())
+    assert cfg.pop("format") == 2
+    del cfg["nonfinite"], cfg["checkpoint"]["every_minutes"], cfg["checkpoint"]["background"]
+    (run / "config.yaml").write_text(yaml.safe_dump(cfg))
+    (run / "checkpoints/manifest.json").unlink()
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)
+        del state["gptlab"]["skipped_steps"], state["gptlab"]["hardware"]
+        state["gptlab"]["format"] = 1
+        (own,) = state["callbacks"]["RandomState"]["ranks"]
+        state["callbacks"]["RandomState"] = own | {"cuda": []}
+        torch.save(state, path)
+
+
+def test_a_run_of_an_older_format_goes_on(train, tmp_path):
+    whole = tmp_path / "whole"
+    assert train(whole, *RUN) == 0
+    part = interrupted_at(whole, 6, tmp_path / "part")
+    as_format_1(part)
     assert train(part, f"resume={part}") == 0
     assert_same_run(whole, part)
+    assert yaml.safe_load((part / "config.yaml").read_text())["format"] == 2
+
+
+def test_a_run_of_a_newer_format_is_refused_by_name(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("format: 2", "format: 3"))
+    with pytest.raises(ValueError, match="a run folder of format 3, this gptlab knows up to 2"):
+        train(run, f"resume={run}")
+    (run / "config.yaml").write_text(text)
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    state["gptlab"]["format"] = 3
+    torch.save(state, run / "checkpoints/last.ckpt")
+    with pytest.raises(ValueError, match="a checkpoint of format 3, this gptlab knows up to 2"):
+        checkpoint.load(run / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "format: two"])
+def test_a_config_that_is_none_is_refused_by_name(train, tmp_path, text):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml: damaged"):
+        train(run, f"resume={run}")
+
+
+def test_another_machine_is_said_and_not_refused(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2") == 0
+    path = run / "checkpoints/last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["gptlab"]["hardware"] |= {"processor": "an abacus", "threads": 99}
+    checkpoint.save(state, path)
+    assert train(run, f"resume={run}", "trainer.max_steps=3") == 0
+    said = capsys.readouterr().out
+    assert "not bit for bit: processor an abacus then" in said
+    assert "threads 99 then" in said
+
+
+def test_a_run_saved_in_the_background_is_the_same_run(train, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert train(one, *RUN) == 0
+    assert train(other, *RUN, "checkpoint.background=true") == 0
+    assert_same_run(one, other)
+    names = sorted(path.name for path in (one / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (other / "checkpoints").iterdir())
+    part = interrupted_at(other, 7, tmp_path / "part")
+    assert train(part, f"resume={part}") == 0
+    assert_same_run(one, part)
 
 
 def test_other_overrides_than_the_free_ones_are_refused_with_both_values(train, tmp_path):

@@ -3,10 +3,7 @@
 import csv
 import io
 import math
-import platform
-import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch.optim import Optimizer
 
-from gptlab.callbacks.saving import require_finite
 from gptlab.callbacks.steps import Budget, StepCallback
-from gptlab.checkpoint import write_atomically
 from gptlab.cost import count_parameters, flops_per_token, peak_tflops
+from gptlab.files import write_atomically
+from gptlab.machine import hardware, peak_rss_mb
 from gptlab.run import RunFolder
 
 COLUMNS = (
@@ -119,7 +116,7 @@ class Monitor(StepCallback):
             self._log(trainer, task, step)
 
     def _log(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        require_finite(task)
+        task.require_finite()
         self.figures |= task.training_figures()
         now = time.perf_counter()
         if self._mark is not None and step > self._mark[1]:
@@ -151,29 +148,6 @@ class Monitor(StepCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.figures, self.rates = state["figures"], state["rates"]
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has held; VmHWM, since ru_maxrss starts from the parent's."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used / 2**20 if sys.platform == "darwin" else used / 1024
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "processor": processor_name(), "threads": torch.get_num_threads()}
 
 
 class RunRecord(StepCallback):
@@ -244,6 +218,7 @@ class RunRecord(StepCallback):
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else None,
             "mfu": finite(self.monitor.mfu),
+            "skipped_steps": task.skipped_steps,
             "floor_bits_per_byte": None,
             "excess_bits_per_byte": None,
             "history": self.history,

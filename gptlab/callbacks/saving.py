@@ -1,8 +1,9 @@
 """What is saved and when: the random state, and last.ckpt and best.ckpt, each written whole or not at all."""
 
-import os
+import logging
 import random
-import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,54 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gptlab import checkpoint
 from gptlab.callbacks.steps import StepCallback, validation_follows
+from gptlab.data.module import data_rank
+from gptlab.files import require_space
+
+log = logging.getLogger("gptlab")
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through gptlab's own files: atomic, synced, and never run as code."""
+    """Lightning's checkpoints through gptlab's own files: whole or not at all, listed in a manifest, never run as code.
+
+    `storage_options` are {"links": further names of the file, "drop": files to remove once it has them}. With
+    `background`, a copy of the state is written while training goes on; one file at a time, so that what is on disk is
+    the same as without, some steps later.
+    """
+
+    def __init__(self, background: bool):
+        self.background = background
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        checkpoint.save(checkpoint_dict, Path(path))
+        self.wait()
+        options = storage_options or {}
+        arguments = (Path(path), options.get("links", []), options.get("drop", []))
+        if not self.background:
+            self._write(checkpoint_dict, *arguments)
+            return
+        self._pending = self._writer.submit(self._write, tree_map(copied, checkpoint_dict), *arguments)
+
+    def _write(self, checkpoint_dict: dict[str, Any], path: Path, links: list[Path], drop: list[Path]) -> None:
+        checkpoint.save(checkpoint_dict, path, links)
+        for old in drop:
+            old.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Return when everything is on disk. Raises what went wrong in the background."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong in the background, if it is known yet."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return checkpoint.load(Path(path), map_location or "cpu")
@@ -29,32 +68,54 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class RandomState(Callback):
-    """Keeps every random generator in the checkpoint, and sets it again before the first batch of a resumed run."""
+def copied(leaf: Any) -> Any:
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
 
-    def __init__(self) -> None:
-        self._restore: dict[str, Any] | None = None
+
+class RandomState(Callback):
+    """Keeps every random generator of every rank in the checkpoint, to be set again before a resumed run's first batch.
+
+    Ranks that see other data draw other numbers: rank r, of those that split the batch, starts from seed + r. A rank
+    that the checkpoint does not know, since more of them go on than there were, starts from the seed, r and the step.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._restore: list[dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if self._restore is None and (rank := data_rank(trainer)[0]):
+            torch.manual_seed(self.seed + rank)
 
     def state_dict(self) -> dict[str, Any]:
         version, internal, gauss = random.getstate()
         kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global one, which other code may draw from
-        return {
+        own = {
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "python": [version, list(internal), gauss],
             "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), *rest],
         }
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, own)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._restore = state
+        self._restore = state["ranks"]
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
-        state, self._restore = self._restore, None
-        if state is None:
+        ranks, self._restore = self._restore, None
+        if ranks is None:
             return
+        if trainer.global_rank >= len(ranks):
+            torch.manual_seed((self.seed + trainer.global_step) * 2**16 + data_rank(trainer)[0])
+            return
+        state = ranks[trainer.global_rank]
         torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].cpu())
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
         kind, keys, *rest = state["numpy"]
@@ -64,12 +125,20 @@ class RandomState(Callback):
 class Checkpoints(StepCallback):
     """last.ckpt is the newest complete state, best.ckpt the one of the lowest val/loss; both can be resumed.
 
-    The last is written every `every_steps` optimizer steps, every `every_epochs` epochs, after every validation, and at
-    the end. Where a validation follows a step, saving waits for it, so that no resumed run misses it or repeats it.
-    `keep_last` of the periodic ones stay as step-<n>.ckpt.
+    The last is written every `every_steps` optimizer steps, every `every_epochs` epochs, `every_minutes` minutes after
+    the one before, after every validation, and at the end. Where a validation follows a step, saving waits for it, so
+    that no resumed run misses it or repeats it. `keep_last` of those at intervals stay as step-<n>.ckpt. With
+    `background`, training goes on while a copy of the state is written.
     """
 
-    def __init__(self, every_steps: int | None, every_epochs: int | None, keep_last: int):
+    def __init__(
+        self,
+        every_steps: int | None,
+        every_epochs: int | None,
+        every_minutes: float | None,
+        keep_last: int,
+        background: bool,
+    ):
         for name, value, least in (
             ("every_steps", every_steps, 1),
             ("every_epochs", every_epochs, 1),
@@ -77,22 +146,36 @@ class Checkpoints(StepCallback):
         ):
             if value is not None and value < least:
                 raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
-        self.every_steps, self.every_epochs, self.keep_last = every_steps, every_epochs, keep_last
+        if every_minutes is not None and every_minutes <= 0:
+            raise ValueError(f"checkpoint.every_minutes={every_minutes} must be more than 0, or null")
+        self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
+        self.keep_last, self.background = keep_last, background
         self.folder = Path("checkpoints")  # set by the door that knows the run folder
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self.saved_step = -1
+        self._saved_at = 0.0
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        super().on_train_start(trainer, task)
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:  # two of them: an old file stays until the new one is whole
+            state = task.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
+            weights, optimizer = (checkpoint.tensor_bytes(part) for part in state)
+            require_space(self.folder, 2 * max(weights + optimizer, 3 * weights))
 
     def _due(self, trainer: Trainer, step: int) -> bool:
         at_step = self.every_steps is not None and step % self.every_steps == 0
         is_epoch_end = trainer.fit_loop.batch_idx + 1 == trainer.num_training_batches
         epochs = trainer.current_epoch + 1
-        return at_step or (self.every_epochs is not None and is_epoch_end and epochs % self.every_epochs == 0)
+        at_epoch = self.every_epochs is not None and is_epoch_end and epochs % self.every_epochs == 0
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return at_step or at_epoch or (self.every_minutes is not None and minutes >= self.every_minutes)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
+        trainer.strategy.checkpoint_io.raise_if_failed()
         if self._due(trainer, step) and not validation_follows(trainer):
-            self.save_last(trainer)
-            self._keep_periodic(trainer, step)
+            self._save(trainer, keep=True)
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -101,55 +184,36 @@ class Checkpoints(StepCallback):
         improved = loss == loss and (self.best_loss is None or loss < self.best_loss)
         if improved:
             self.best_loss, self.best_step = loss, step
-        self.save_last(trainer)
-        if improved:
-            link(self.folder / "last.ckpt", self.folder / "best.ckpt")
-        if self._due(trainer, step):
-            self._keep_periodic(trainer, step)
+        self._save(trainer, keep=self._due(trainer, step), is_best=improved)
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        if self.saved_step != trainer.global_step:
-            self.save_last(trainer)
+        self.save_last(trainer)
+
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        try:
+            trainer.strategy.checkpoint_io.wait()
+        except OSError as error:
+            log.error("%s", error)  # besides what ended the training
 
     def save_last(self, trainer: Trainer) -> None:
-        require_finite(trainer.lightning_module)
-        self.saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        """Have the state as it is now on disk, and wait until it is there."""
+        if self.saved_step != trainer.global_step:
+            self._save(trainer)
+        trainer.strategy.checkpoint_io.wait()
 
-    def _keep_periodic(self, trainer: Trainer, step: int) -> None:
-        if not self.keep_last or not trainer.is_global_zero:
-            return
-        link(self.folder / "last.ckpt", self.folder / f"step-{step:08d}.ckpt")
-        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep_last]:
-            old.unlink()
+    def _save(self, trainer: Trainer, keep: bool = False, is_best: bool = False) -> None:
+        trainer.lightning_module.require_finite()
+        links, drop = [], []
+        if is_best:
+            links.append(self.folder / "best.ckpt")
+        if keep and self.keep_last:
+            links.append(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+            drop = sorted({*self.folder.glob("step-*.ckpt"), links[-1]})[: -self.keep_last]
+        trainer.save_checkpoint(self.folder / "last.ckpt", storage_options={"links": links, "drop": drop})
+        self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss or the gradients became NaN or infinite."""
-
-
-def require_finite(task: LightningModule) -> None:
-    """Raise NotFiniteError unless the sums of the loss and the last gradient norm are numbers."""
-    if not bool(torch.isfinite(task.interval_sums).all() & torch.isfinite(task.gradient_norm)):
-        raise NotFiniteError(
-            f"the loss or its gradient is NaN or infinite at step {task.trainer.global_step}; the last good checkpoint "
-            "is kept. Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
-            "trainer.precision=32-true"
-        )
-
-
-def link(source: Path, target: Path) -> None:
-    """Let `target` be the file that `source` is now, without writing it twice; atomic."""
-    temporary = target.with_name(f".{target.name}.tmp.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

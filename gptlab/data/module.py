@@ -99,7 +99,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> WindowLoader:
         trainer = self.trainer
         assert trainer is not None
-        order = self.order(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
+        order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
         loader = self._loader(self.train_windows, order)
         loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return loader
@@ -108,7 +108,7 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         windows = self.validation_windows
-        order = ScoringOrder(len(windows), self.config.batch_size, trainer.global_rank, trainer.world_size)
+        order = ScoringOrder(len(windows), self.config.batch_size, *data_rank(trainer))
         return self._loader(windows, order)
 
     def _loader(self, windows: WindowDataset, order: TrainingOrder | ScoringOrder) -> WindowLoader:
@@ -119,7 +119,7 @@ class TextDataModule(LightningDataModule):
     def identity(self, trainer: Trainer) -> dict[str, Any]:
         """What must be the same for a run to continue: the text, and all that its order follows from."""
         assert self.prepared is not None
-        step = self.config.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        step = self.config.batch_size * data_rank(trainer)[1] * trainer.accumulate_grad_batches
         return {
             "fingerprint": self.prepared.fingerprint,
             "block_size": self.block_size,
@@ -144,6 +144,12 @@ class TextDataModule(LightningDataModule):
                     f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
                     "same run; restore the data and settings, or start a new run with init_from"
                 )
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """(rank, number of ranks) among those that split each batch; ranks that share a network's tensors see the same."""
+    sharing = getattr(trainer.strategy, "tensor_ranks", 1)
+    return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
 def check(config: DataConfig) -> None:

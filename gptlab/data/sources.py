@@ -20,7 +20,8 @@ import pooch
 from filelock import FileLock
 
 from gptlab.data.corpus import Document, Source, decode_text, read_text
-from gptlab.data.tokens import cache_dir, sha256_of_file
+from gptlab.data.tokens import cache_dir
+from gptlab.files import sha256_of_file
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from gptlab.data.corpus import MANY_DOCUMENTS, Document, Source, split_documents, split_rule
+from gptlab.files import sha256_of_file
 from gptlab.run import write_json
 from gptlab.tokenizer import EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 
@@ -40,11 +41,6 @@ T = TypeVar("T")
 def cache_dir() -> Path:
     """Where downloads, tokenizers and tokens are kept: `$GPTLAB_CACHE_DIR`, else `~/.cache/gptlab`."""
     return Path(os.environ.get("GPTLAB_CACHE_DIR") or "~/.cache/gptlab").expanduser().absolute()
-
-
-def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TokenFile:

@@ -13,11 +13,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gptlab import checkpoint
+from gptlab.data.module import data_rank
 from gptlab.losses import document_layout, masked_sum, token_nll
+from gptlab.machine import hardware
 from gptlab.model import GPT
 from gptlab.optim import parameter_groups
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
+
+REQUESTS = 4  # kinds of requests that ranks make of each other
+SKIPS_IN_A_ROW = 10  # after so many, the weights themselves are at fault
+REMEDY = (
+    "Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
+    "trainer.precision=32-true"
+)
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or the gradients became NaN or infinite."""
 
 
 class LMTask(LightningModule):
@@ -34,18 +47,22 @@ class LMTask(LightningModule):
         schedule: Callable[..., float],
         total_steps: int,
         separate_documents: bool = False,
+        skip_nonfinite: bool = False,
         compile: bool = False,
     ):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.make_optimizer, self.schedule, self.total_steps = optimizer, schedule, total_steps
-        self.separate_documents = separate_documents
+        self.separate_documents, self.skip_nonfinite = separate_documents, skip_nonfinite
         self.set_compile(compile)
         token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
         self.validation = TokenMetrics(token_bytes)
         # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked; no buffers, which
         # trainer.precision=bf16-true would round to 8 bits.
         self.step_sums, self.interval_sums, self.gradient_norm = torch.zeros(2), torch.zeros(2), torch.zeros(())
+        # What this rank asks for, and what any rank asked for at the last step; it travels with the sums.
+        self.requests, self.requested = torch.zeros(REQUESTS), torch.zeros(REQUESTS)
+        self.skipped_steps = self.skipped_in_a_row = 0
         self.figures: dict[str, float] = {}  # of the last validation, in float64, where Lightning keeps float32
         self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
 
@@ -59,7 +76,7 @@ class LMTask(LightningModule):
             self.model._compiled_call_impl = None
 
     def on_fit_start(self) -> None:
-        for name in ("step_sums", "interval_sums", "gradient_norm"):
+        for name in ("step_sums", "interval_sums", "gradient_norm", "requests", "requested"):
             setattr(self, name, getattr(self, name).to(self.device))
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -87,20 +104,46 @@ class LMTask(LightningModule):
         Lightning has averaged micro-batches and ranks as if every token of theirs counted. What is wanted is the mean
         over the tokens that did. All is one multiplication, so fused optimizers and bf16 need no special care.
         """
-        totals = self.trainer.strategy.reduce(self.step_sums.clone(), reduce_op="sum")
-        self.interval_sums += totals
+        sums = torch.cat((self.step_sums, self.requests))
+        nll_and_tokens, self.requested = self.trainer.strategy.reduce(sums, reduce_op="sum").split((2, REQUESTS))
         self.step_sums.zero_()
-        scale = self.tokens_a_step / totals[1].clamp(min=1)
+        scale = self.tokens_a_step / nll_and_tokens[1].clamp(min=1)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         self.gradient_norm.copy_(torch.nn.utils.get_total_norm(gradients) * scale)
+        if self.skip_nonfinite and not bool(torch.isfinite(nll_and_tokens[0]) & torch.isfinite(self.gradient_norm)):
+            self._skip_step()
+            return
+        self.skipped_in_a_row = 0
+        self.interval_sums += nll_and_tokens
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.gradient_norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
 
+    def _skip_step(self) -> None:
+        """Leave weights and optimizer as they are: optimizers pass over parameters without a gradient."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.gradient_norm.zero_()
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise NotFiniteError(
+                f"the loss or its gradient was NaN or infinite at {SKIPS_IN_A_ROW} steps in a row, up to step "
+                f"{self.trainer.global_step + 1}; the last good checkpoint is kept. {REMEDY}"
+            )
+
+    def require_finite(self) -> None:
+        """Raise NotFiniteError unless the sums of the loss and the last gradient norm are numbers."""
+        if not bool(torch.isfinite(self.interval_sums).all() & torch.isfinite(self.gradient_norm)):
+            raise NotFiniteError(
+                f"the loss or its gradient is NaN or infinite at step {self.trainer.global_step}; the last good "
+                f"checkpoint is kept. {REMEDY}, or nonfinite=skip to pass over a few such steps"
+            )
+
     @property
     def tokens_a_step(self) -> int:
         """Tokens of one optimizer step over all ranks, counted or not."""
-        return self.tokens_a_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return self.tokens_a_batch * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
 
     def training_figures(self) -> dict[str, float]:
         """The mean loss since the last call, and the last gradient norm: where training waits for the device."""
@@ -128,7 +171,12 @@ class LMTask(LightningModule):
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         state[checkpoint.OWN_KEY] = checkpoint.describe(self.model.config, self.tokenizer)
-        state[checkpoint.OWN_KEY]["interval_sums"] = self.interval_sums.clone()
+        state[checkpoint.OWN_KEY] |= {
+            "interval_sums": self.interval_sums.clone(),
+            "skipped_steps": self.skipped_steps,
+            "hardware": hardware(self.device),
+        }
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
         self.interval_sums.copy_(state[checkpoint.OWN_KEY]["interval_sums"])
+        self.skipped_steps = state[checkpoint.OWN_KEY]["skipped_steps"]
