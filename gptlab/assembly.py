@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gptlab import config, cost
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
-from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
+from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
@@ -205,7 +205,6 @@ def build_trainer(
         **validation_intervals(cfg),
         callbacks=watchers.callbacks(on_terminal),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(watchers.checkpoints.background)],
         default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,

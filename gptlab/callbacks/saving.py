@@ -156,10 +156,14 @@ class Checkpoints(StepCallback):
         self.saved_step = -1
         self._saved_at = 0.0
 
+    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self.files = AtomicCheckpointIO(self.background)
+
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:  # two of them: an old file stays until the new one is whole
+            self.folder.mkdir(parents=True, exist_ok=True)
             state = task.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
             weights, optimizer = (checkpoint.tensor_bytes(part) for part in state)
             require_space(self.folder, 2 * max(weights + optimizer, 3 * weights))
@@ -173,7 +177,7 @@ class Checkpoints(StepCallback):
         return at_step or at_epoch or (self.every_minutes is not None and minutes >= self.every_minutes)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        trainer.strategy.checkpoint_io.raise_if_failed()
+        self.files.raise_if_failed()
         if self._due(trainer, step) and not validation_follows(trainer):
             self._save(trainer, keep=True)
 
@@ -191,7 +195,7 @@ class Checkpoints(StepCallback):
 
     def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
         try:
-            trainer.strategy.checkpoint_io.wait()
+            self.files.wait()
         except OSError as error:
             log.error("%s", error)  # besides what ended the training
 
@@ -199,7 +203,7 @@ class Checkpoints(StepCallback):
         """Have the state as it is now on disk, and wait until it is there."""
         if self.saved_step != trainer.global_step:
             self._save(trainer)
-        trainer.strategy.checkpoint_io.wait()
+        self.files.wait()
 
     def _save(self, trainer: Trainer, keep: bool = False, is_best: bool = False) -> None:
         trainer.lightning_module.require_finite()
