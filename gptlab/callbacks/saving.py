@@ -13,10 +13,11 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from gptlab import checkpoint
-from gptlab.callbacks.steps import StepCallback, validation_follows
+from gptlab.callbacks.steps import Requests, StepCallback, validation_follows
 from gptlab.data.module import data_rank
 from gptlab.files import require_space
 
@@ -151,6 +152,7 @@ class Checkpoints(StepCallback):
         self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
         self.keep_last, self.background = keep_last, background
         self.folder = Path("checkpoints")  # set by the door that knows the run folder
+        self.requests = Requests()  # set where there are others who ask
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self.saved_step = -1
@@ -173,8 +175,12 @@ class Checkpoints(StepCallback):
         is_epoch_end = trainer.fit_loop.batch_idx + 1 == trainer.num_training_batches
         epochs = trainer.current_epoch + 1
         at_epoch = self.every_epochs is not None and is_epoch_end and epochs % self.every_epochs == 0
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return at_step or at_epoch or (self.every_minutes is not None and minutes >= self.every_minutes)
+        asked = self.requests.heard(trainer, trainer.lightning_module, "save")
+        return at_step or at_epoch or (asked and self.requests.heard_step > self.saved_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+        if self.every_minutes is not None and trainer.is_global_zero:  # of several ranks, the first one's clock counts
+            self.requests.ask("save", time.monotonic() - self._saved_at >= 60 * self.every_minutes)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         self.files.raise_if_failed()
@@ -215,6 +221,14 @@ class Checkpoints(StepCallback):
             drop = sorted({*self.folder.glob("step-*.ckpt"), links[-1]})[: -self.keep_last]
         trainer.save_checkpoint(self.folder / "last.ckpt", storage_options={"links": links, "drop": drop})
         self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, state: dict[str, Any]) -> None:
+        """Count micro-batches anew where a step is made of another number of them than when it was saved."""
+        progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        accumulated = max(1, progress["total"]["processed"] // max(1, state["global_step"]))
+        for counts in (progress["total"], progress["current"]):
+            for name, count in counts.items():
+                counts[name] = count // accumulated * trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}

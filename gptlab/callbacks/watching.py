@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.steps import Budget, StepCallback
 from gptlab.engine import generate
+from gptlab.sharding import is_split
 from gptlab.tokenizer import EOS_ID
 
 log = logging.getLogger("gptlab")
@@ -121,10 +122,12 @@ class Samples(StepCallback):
 
     def _sample(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         self._sampled = step
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not is_split(task.model):
             return
         for prompt in self.prompts:
-            text = self.continuation(task, prompt)
+            text = self.continuation(task, prompt)  # by all ranks that hold a part of the network
+            if not trainer.is_global_zero:
+                continue
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
             log.info("sample at step %s: %s", f"{step:,}", one_line(prompt + text))
