@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -109,6 +110,23 @@ def is_bad_input(error: BaseException) -> bool:
     return mendable and not isinstance(error, UnicodeError)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether torch.distributed could not reach another process."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    )
+
+
+def message_of(error: BaseException) -> str:
+    """What went wrong while running, in a line or two."""
+    error = root_of(error)
+    if is_lost_rank(error):
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
+        return f"another rank has ended or cannot be reached ({reason}); {ranks.GO_ON}"
+    is_ours = isinstance(error, ValueError | OSError | ArithmeticError)
+    return str(error) if is_ours else f"{type(error).__name__}: {error}"
+
+
 def report(error: BaseException, before_first_step: bool) -> int:
     """Say what went wrong and give the exit code."""
     if debugging():
@@ -122,9 +140,7 @@ def report(error: BaseException, before_first_step: bool) -> int:
     if before_first_step and (explained or is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT
-    message = (
-        str(error) if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: {error}"
-    )
+    message = message_of(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message += "\nfree some space, then go on with resume=<run folder>"
     fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")

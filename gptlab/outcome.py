@@ -63,7 +63,7 @@ class Outcome:
             self.exit_code = error.exit_code if isinstance(error, Interrupted) else doors.CTRL_C
             log.info("interrupted; continue with: python -m gptlab.train resume=%s", self.folder.path)
         elif error is not None:
-            status, message = "failed", str(doors.root_of(error))
+            status, message = "failed", doors.message_of(error)
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
             self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
         try:

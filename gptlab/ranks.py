@@ -2,8 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+GO_ON = "all ranks end; go on with resume=<run folder>"
+GRACE_S = 5  # for a process to notice by itself that another is gone: its own message is the better one
 RUN = "GPTLAB_RUN"  # what the first process of a machine tells those that Lightning starts from it
 
 
@@ -43,3 +50,35 @@ def leader_said() -> dict[str, Any] | None:
     if int(os.environ.get("LOCAL_RANK") or 0) and RUN in os.environ and not started_outside():
         return json.loads(os.environ[RUN])
     return None
+
+
+def watch_followers(followers: Sequence[subprocess.Popen]) -> None:
+    """End this process and the others when one that it has started is lost, rather than wait for it."""
+
+    def lost() -> str | None:
+        failed = [process for process in followers if process.poll() not in (None, 0)]
+        return f"a process that this one has started ended with code {failed[0].returncode}" if failed else None
+
+    def end() -> None:
+        for process in followers:
+            process.kill()
+
+    _watch(lost, end)
+
+
+def watch_leader() -> None:
+    """End this process when the one that has started it is gone."""
+    leader = os.getppid()
+    _watch(lambda: None if os.getppid() == leader else "the first process has ended")
+
+
+def _watch(lost: Callable[[], str | None], end: Callable[[], None] = lambda: None) -> None:
+    def watch() -> None:
+        while not (reason := lost()):
+            time.sleep(0.5)
+        time.sleep(GRACE_S)
+        end()
+        print(f"{name()}: error: {reason}; {GO_ON}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()

@@ -1,19 +1,62 @@
 """Several processes: a copy of the network on each, or one network split over them. torch.distributed does the work."""
 
+import atexit
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gptlab import checkpoint
+from gptlab import checkpoint, ranks
 from gptlab.sharding import share, whole
 
 
-class DataParallel(DDPStrategy):
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other processes of this machine. Where Lightning would kill all without a word, this one says why."""
+
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        ranks.watch_followers(self.procs)
+        self.procs = []
+
+
+class Launching:
+    """What the strategies share: how their processes start."""
+
+    def _configure_launcher(self) -> None:
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        if ranks.devices_given() and not torch.distributed.is_initialized():
+            self._meet()
+        super().setup_environment()
+
+    def _meet(self) -> None:
+        """Find the other ranks that torchrun has started, and those of this start alone.
+
+        Its store outlives a restart, with the addresses of the ranks that are gone: whoever is first would call them.
+        """
+        on_gpu = self.root_device.type == "cuda"
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=self._timeout))
+        torch.distributed.init_process_group(
+            self._get_process_group_backend(),
+            store=torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+            rank=rank,
+            world_size=world,
+            timeout=self._timeout,
+            device_id=self.root_device if on_gpu else None,
+        )
+        if on_gpu:
+            atexit.register(torch.distributed.destroy_process_group)
+
+
+class DataParallel(Launching, DDPStrategy):
     """A copy of the network on each device, each with its share of every batch (Li et al. 2020).
 
     A rank that has waited `timeout_s` seconds for another gives up.
@@ -23,7 +66,7 @@ class DataParallel(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_s), gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-class Sharded(ModelParallelStrategy):
+class Sharded(Launching, ModelParallelStrategy):
     """Weights, gradients and optimizer state split over the ranks, by rows (FSDP2) or by heads (tensor parallel).
 
     `tensor_ranks` of them share each matrix and see the same data; the others split the batch. A checkpoint is the one

@@ -35,6 +35,7 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     cfg = assembly.absolute_paths(cfg)
     leader = ranks.leader_said()
     if leader is not None:
+        ranks.watch_leader()
         found = (RunFolder(Path(leader["run_dir"])), leader["checkpoint"] and Path(leader["checkpoint"]))
         found, cfg = (found if leader["resumes"] else None), cfg | {"run_dir": leader["run_dir"]}
     else:

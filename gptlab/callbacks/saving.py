@@ -150,7 +150,8 @@ class Checkpoints(StepCallback):
         if every_minutes is not None and every_minutes <= 0:
             raise ValueError(f"checkpoint.every_minutes={every_minutes} must be more than 0, or null")
         self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
-        self.keep_last, self.background = keep_last, background
+        self.keep_last = keep_last
+        self.files = AtomicCheckpointIO(background)
         self.folder = Path("checkpoints")  # set by the door that knows the run folder
         self.requests = Requests()  # set where there are others who ask
         self.best_loss: float | None = None
@@ -159,7 +160,7 @@ class Checkpoints(StepCallback):
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
-        trainer.strategy.checkpoint_io = self.files = AtomicCheckpointIO(self.background)
+        trainer.strategy.checkpoint_io = self.files
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
