@@ -148,7 +148,7 @@ def data_world(node: dict[str, Any]) -> int:
             devices = kind.auto_device_count() if node.get("strategy") else 1
         else:
             devices = len(kind.get_parallel_devices(kind.parse_devices(devices)))
-    return devices * nodes // (node.get("strategy") or {}).get("tensor_ranks", 1)
+    return 1 if (node.get("strategy") or {}).get("by") == "heads" else devices * nodes
 
 
 def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[str, Any]:

@@ -11,15 +11,22 @@ class LayerCache:
     """One layer's keys and values, in memory laid out once."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str):
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.shape, self.settings = shape, {"dtype": dtype, "device": device}
         self.length = 0
+
+    def _lay_out(self, heads: int) -> None:
+        """Take the memory, once it is known how many of the K heads are here: a rank may hold only some."""
+        B, _, S, E = self.shape
+        self.keys = torch.empty(B, heads, S, E, **self.settings)
+        self.values = torch.empty(B, heads, S, E, **self.settings)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, K, T, E); return all held so far, (B, K, S, E)."""
         end = self.length + keys.shape[2]
-        if end > self.keys.shape[2]:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.keys.shape[2]}")
+        if end > self.shape[2]:
+            raise ValueError(f"{end} tokens do not fit into a cache of {self.shape[2]}")
+        if not hasattr(self, "keys"):
+            self._lay_out(keys.shape[1])
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end

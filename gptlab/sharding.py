@@ -6,19 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
-def whole(value: Any) -> Any:
-    """A tensor put together from all ranks, which must all ask for it. Anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def whole(value: Any, order: Tensor | None = None) -> Any:
+    """A tensor put together from all ranks, which must all ask for it, with its rows where `order` has taken them from;
+    anything else as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    value = value.full_tensor()
+    return value if order is None else torch.empty_like(value).index_copy_(0, order.to(value.device), value)
 
 
-def share(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole `tensor` that every rank holds, placed as `like` is."""
+def share(tensor: Tensor, like: Tensor, order: Tensor | None = None) -> Tensor:
+    """This rank's part of a whole `tensor` that every rank holds, its rows in `order`, placed as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
+    if order is not None:
+        tensor = tensor[order.to(tensor.device)]
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def row_orders(module: nn.Module) -> dict[Tensor, Tensor]:
+    """Of each parameter whose rows stand in another order than in a network of one rank, that order."""
+    linears = [part for part in module.modules() if hasattr(part, "row_order")]
+    return {parameter: linear.row_order for linear in linears for parameter in linear.parameters()}
 
 
 def is_split(model: nn.Module) -> bool:
@@ -45,11 +61,63 @@ def norm_square(parameters: Iterable[Tensor], world_size: int) -> Tensor:
     return torch.stack(norms).sum(dim=0, keepdim=True)
 
 
-def split(model: nn.Module, mesh: Any) -> None:
-    """Split a network over the ranks of `mesh`, (data_parallel, tensor_parallel), in place."""
-    from torch.distributed.fsdp import fully_shard
-
-    if mesh["data_parallel"].size() > 1:
+def split(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split a `GPT` over the ranks of `mesh`, (data_parallel, tensor_parallel), in place."""
+    rows, heads = mesh["data_parallel"], mesh["tensor_parallel"]
+    if heads.size() > 1:
         for block in model.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
+            split_heads(block, heads)
+    elif rows.size() > 1:
+        for block in model.blocks:
+            fully_shard(block, mesh=rows)
+        fully_shard(model, mesh=rows)
+
+
+def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Give each rank its share of the heads and of the MLP's width (Shoeybi et al. 2019, section 3), in place.
+
+    The two matrices of each pair are split by their inner side, so that one sum over the ranks follows each pair.
+    Embeddings, norms and the output head stay whole on every rank.
+    """
+    ranks, attention, mlp = mesh.size(), block.attention, block.mlp
+    inner = {"qkv", "proj", "q_norm", "k_norm", "gate_up", "up"}
+    for part in (attention, mlp):
+        if foreign := {name.split(".")[0] for name, _ in part.named_parameters()} - inner:
+            raise ValueError(
+                f"trainer=tp cannot split {type(part).__qualname__}: it does not know its {min(foreign)}; "
+                "use trainer=fsdp"
+            )
+    for name, count in (("n_head", attention.n_head), ("n_kv_head", attention.n_kv_head)):
+        if count % ranks:
+            raise ValueError(
+                f"model.{name}={count} cannot be shared by {ranks} ranks: use a trainer.devices that divides it"
+            )
+    width = attention.head_width
+    split_pair(
+        attention, "qkv", [n * width for n in (attention.n_head, attention.n_kv_head, attention.n_kv_head)], mesh
+    )
+    attention.n_head, attention.n_kv_head = attention.n_head // ranks, attention.n_kv_head // ranks
+    for norm in (attention.q_norm, attention.k_norm):
+        for parameter in norm.parameters():  # each rank's gradient is that of its own heads
+            parameter.register_hook(lambda gradient: all_reduce(gradient, "sum", mesh))
+    hidden = mlp.proj.in_features
+    if hidden % ranks:
+        raise ValueError(f"model.mlp_width={hidden} cannot be shared by {ranks} ranks")
+    first = "gate_up" if hasattr(mlp, "gate_up") else "up"
+    split_pair(mlp, first, [hidden] * (getattr(mlp, first).out_features // hidden), mesh)
+
+
+def split_pair(part: nn.Module, first: str, sections: list[int], mesh: DeviceMesh) -> None:
+    """Split the matrix `first` of `part` by rows and its `proj` by columns.
+
+    `first` holds several matrices one below the other, of as many rows as `sections` say. Its rows are put in an order
+    in which each rank's share holds its part of every one of them; the module remembers it as `row_order`.
+    """
+    linear, ranks = getattr(part, first), mesh.size()
+    places = torch.arange(sum(sections)).split(sections)
+    order = torch.cat([rows.chunk(ranks)[rank] for rank in range(ranks) for rows in places])
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(parameter[order.to(parameter.device)])
+    parallelize_module(part, mesh, {first: ColwiseParallel(), "proj": RowwiseParallel()})
+    linear.row_order = order

@@ -4,7 +4,7 @@ import atexit
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gptlab import checkpoint, ranks
-from gptlab.sharding import share, whole
+from gptlab.sharding import row_orders, share, whole
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -67,33 +67,46 @@ class DataParallel(Launching, DDPStrategy):
 
 
 class Sharded(Launching, ModelParallelStrategy):
-    """Weights, gradients and optimizer state split over the ranks, by rows (FSDP2) or by heads (tensor parallel).
+    """One network split over the ranks.
 
-    `tensor_ranks` of them share each matrix and see the same data; the others split the batch. A checkpoint is the one
-    file that a single process would write, gathered on rank 0, so that any number of ranks can go on with it.
+    `by` rows (FSDP2), each rank has its share of the batch and of every tensor; by heads (tensor parallel), all ranks
+    see the same data and share each matrix.
+
+    A checkpoint is the one file that a single process would write, gathered on rank 0, so that any number of ranks can
+    go on with it.
     """
 
-    def __init__(self, tensor_ranks: int | None, timeout_s: int):
-        self.tensor_ranks = 1 if tensor_ranks is None else tensor_ranks
-        super().__init__(
-            tensor_parallel_size=self.tensor_ranks,
-            save_distributed_checkpoint=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
+    def __init__(self, by: Literal["rows", "heads"], timeout_s: int):
+        self.by = by
+        super().__init__(save_distributed_checkpoint=False, timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def tensor_ranks(self) -> int:
+        """How many ranks share each matrix and see the same data."""
+        return self.world_size if self.by == "heads" else 1
 
     def setup_environment(self) -> None:
+        self._tensor_parallel_size = self.tensor_ranks
         self._data_parallel_size = self.world_size // self.tensor_ranks
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: on_cpu(tensor) for name, tensor in self.lightning_module.state_dict().items()}
+        orders = self._orders()
+        return {name: on_cpu(tensor, orders.get(name)) for name, tensor in self.lightning_module.state_dict().items()}
+
+    def _orders(self) -> dict[str, Tensor]:
+        """Of each parameter whose rows stand in another order than in a checkpoint, by name, that order."""
+        assert self.lightning_module is not None
+        orders = row_orders(self.lightning_module)
+        return {name: orders[tensor] for name, tensor in self.lightning_module.named_parameters() if tensor in orders}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = optimizer.state_dict()
+        assert self.lightning_module is not None
+        state, parameters, orders = optimizer.state_dict(), in_order(optimizer), row_orders(self.lightning_module)
         return state | {
             "state": {
-                index: {name: on_cpu(value) for name, value in entries.items()}
+                index: {name: on_cpu(value, orders.get(parameters[index])) for name, value in entries.items()}
                 for index, entries in state["state"].items()
             }
         }
@@ -106,24 +119,30 @@ class Sharded(Launching, ModelParallelStrategy):
         """Every rank reads the file and keeps its share of it. Lightning's own way would read without weights_only."""
         state = checkpoint.load(Path(checkpoint_path))
         assert self.lightning_module is not None
-        own = self.lightning_module.state_dict()
+        own, orders = self.lightning_module.state_dict(), self._orders()
         if missing := set(own) ^ set(state["state_dict"]):
-            raise ValueError(f"{checkpoint_path}: its weights are not those of this network ({sorted(missing)[0]})")
+            raise ValueError(f"{checkpoint_path}: its weights are not those of this network ({min(missing)})")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(share(state["state_dict"][name].to(tensor.device), tensor))
+                tensor.copy_(share(state["state_dict"][name].to(tensor.device), tensor, orders.get(name)))
+        orders = row_orders(self.lightning_module)
         for optimizer, loaded in zip(self.optimizers, state["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = in_order(optimizer)
             for index, entries in loaded["state"].items():
                 parameter = parameters[index]
                 for name, value in entries.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        entries[name] = share(value.to(parameter.device), parameter)
+                        entries[name] = share(value.to(parameter.device), parameter, orders.get(parameter))
             optimizer.load_state_dict(loaded)
         return state
 
 
-def on_cpu(value: Any) -> Any:
+def in_order(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters, as the optimizer numbers them in its state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def on_cpu(value: Any, order: Tensor | None) -> Any:
     """A value of some rank's state as a checkpoint holds it: whole, and out of the device's memory."""
-    value = whole(value)
+    value = whole(value, order)
     return value.cpu() if isinstance(value, Tensor) else value

@@ -228,8 +228,8 @@ class Checkpoints(StepCallback):
         progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         accumulated = max(1, progress["total"]["processed"] // max(1, state["global_step"]))
         for counts in (progress["total"], progress["current"]):
-            for name, count in counts.items():
-                counts[name] = count // accumulated * trainer.accumulate_grad_batches
+            more = counts["processed"] // accumulated * trainer.accumulate_grad_batches - counts["processed"]
+            counts.update({name: count + more for name, count in counts.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
