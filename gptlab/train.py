@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors
+from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
 from gptlab.machine import hardware
@@ -106,7 +107,8 @@ def run(
         save_config(cfg, folder)
         data.tokenizer.save(folder.tokenizer)
         log.info(describe_data(data))
-        log.info(assembly.describe_cost(model.config, data.config.batch_size, trainer.precision, config.trusted(cfg)))
+        sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
+        log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))
         log.info(describe_steps(cfg, total_steps, trainer))
         trainer.fit(task, data, ckpt_path=ckpt_path)
     return outcome.exit_code

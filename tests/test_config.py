@@ -145,7 +145,8 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "names signals files machine model cache tokenizer losses optim cost",
     1: "engine checkpoint run data.corpus data.sources data.tokens data.windows",
-    2: "data.module tasks.lm tasks.metrics callbacks.steps callbacks.saving callbacks.record callbacks.watching",
+    2: "data.module tasks.lm tasks.metrics "
+    "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given resume sweep train prepare __main__",
 }
 MAY_IMPORT = {
