@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gptlab import config, cost
+from gptlab import config, cost, ranks
 from gptlab.callbacks.averaging import MovingAverage
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
-from gptlab.callbacks.saving import AtomicCheckpointIO, Checkpoints, RandomState
-from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts
+from gptlab.callbacks.saving import Checkpoints, RandomState
+from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
 from gptlab.model import GPT, GPTConfig
@@ -139,6 +140,44 @@ def steps_to_train(node: dict[str, Any], steps_an_epoch: int) -> int:
     return min(limits)
 
 
+def data_world(node: dict[str, Any]) -> int:
+    """How many ranks will split each batch, by the values of the group `trainer`."""
+    if given := ranks.devices_given():
+        devices, nodes = given
+    else:
+        kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
+        kind, devices, nodes = kinds[device_type(node["accelerator"])], node["devices"], node["num_nodes"]
+        if devices == "auto":
+            devices = kind.auto_device_count() if node.get("strategy") else 1
+        else:
+            devices = len(kind.get_parallel_devices(kind.parse_devices(devices)))
+    return devices * nodes // (node.get("strategy") or {}).get("tensor_ranks", 1)
+
+
+def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[str, Any]:
+    """The config with micro-batches such that `world` ranks take the same windows a step as the run always did."""
+    batch, accumulate = cfg["data"]["batch_size"], cfg["trainer"]["accumulate_grad_batches"]
+    if batch * accumulate * world == windows_a_step:
+        return cfg
+    if windows_a_step % world:
+        raise ValueError(
+            f"a step of this run has {windows_a_step} windows, which {world} ranks cannot share: use a trainer.devices "
+            "that divides them"
+        )
+    share = windows_a_step // world
+    batch = max(size for size in range(1, min(batch, share) + 1) if share % size == 0)
+    log.info(
+        "a step is %s micro-batches of %s windows on each of %s ranks now, together as before",
+        share // batch,
+        batch,
+        world,
+    )
+    return cfg | {
+        "data": cfg["data"] | {"batch_size": batch},
+        "trainer": cfg["trainer"] | {"accumulate_grad_batches": share // batch},
+    }
+
+
 def build_loggers(node: dict[str, Any], folder: RunFolder, resumed_step: int | None) -> list[Logger]:
     """metrics.csv, and what the word `logger` names."""
     loggers: list[Logger] = [MetricsFile(folder.metrics)]
@@ -164,19 +203,21 @@ class Watchers:
     def __init__(self, cfg: dict[str, Any], folder: RunFolder, total_steps: int):
         self.seed = cfg["seed"]
         self.compile = CompileAhead(must=cfg["compile"] is True)
-        self.budget = Budget(total_steps, cfg["max_time"])
+        self.requests = Requests()
+        self.budget = Budget(total_steps, cfg["max_time"], self.requests)
         self.monitor = Monitor(cfg["log"]["every_steps"], self.budget, cfg["log"]["peak_tflops"])
         self.samples: Samples = config.make(cfg["samples"])
         self.samples.path = folder.samples
         self.alerts = Alerts(self.monitor)
         self.checkpoints: Checkpoints = config.make(cfg["checkpoint"])
-        self.checkpoints.folder = folder.checkpoints
+        self.checkpoints.folder, self.checkpoints.requests = folder.checkpoints, self.requests
         self.record = RunRecord(folder, self.monitor, self.budget)
         self.extra: list[Callback] = [config.make(node) for node in (cfg["callbacks"] or {}).values()]
 
     def callbacks(self, on_terminal: bool) -> list[Callback]:
         averages = [callback for callback in self.extra if isinstance(callback, MovingAverage)]
         return [
+            self.requests,
             RandomState(self.seed),
             *averages,  # what samples, validates and saves after it sees the average of this step
             self.compile,
@@ -188,7 +229,7 @@ class Watchers:
             ConsoleLines(self.monitor, self.budget),
             self.record,
             self.checkpoints,
-            Interrupts(self.checkpoints.save_last),
+            Interrupts(self.checkpoints.save_last, self.requests),
             *([ProgressBar(self.monitor, self.budget)] if on_terminal else []),
         ]
 
@@ -198,6 +239,8 @@ def build_trainer(
 ) -> Trainer:
     """Lightning's Trainer, all of whose intervals count optimizer steps."""
     node = dict(cfg["trainer"])
+    if (given := ranks.devices_given()) and node["devices"] == "auto":
+        node["devices"], node["num_nodes"] = given
     if not node["deterministic"] and device_type(node["accelerator"]) == "cpu":
         # So that a resumed run is the uninterrupted one: compiled embeddings otherwise add up in any order of threads.
         node["deterministic"] = "warn"
@@ -210,7 +253,6 @@ def build_trainer(
         **validation_intervals(cfg),
         callbacks=watchers.callbacks(on_terminal),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(watchers.checkpoints.background)],
         default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, sweep
+from gptlab import checks, config, ranks, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
 from gptlab.signals import SIGNALS, Interrupted
@@ -34,7 +34,7 @@ MESSAGE_LINES = 15
 
 def say(message: str) -> None:
     """Print for a person or program; with progress bars about, through whatever stdout is just now."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if ranks.is_first():
         print(message, flush=True)
 
 
@@ -44,7 +44,7 @@ def show(table: Table) -> None:
 
 
 def on_terminal() -> bool:
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return ranks.is_first() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Console(logging.Handler):
@@ -54,7 +54,10 @@ class Console(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """gptlab's own log on the console, and with times in `path`."""
+    """gptlab's own log on the console, and with times in `path`; of several processes, the first one's alone."""
+    if not ranks.is_first():
+        yield
+        return
     file = logging.FileHandler(path)
     file.setLevel(logging.DEBUG)
     file.handleError = lambda record: None  # a full disk is said once, by who needs the space
@@ -89,7 +92,8 @@ def fail(message: str) -> None:
     lines = message.strip().splitlines()
     if len(lines) > MESSAGE_LINES:
         lines = [*lines[: MESSAGE_LINES - 1], f"... and {len(lines) - MESSAGE_LINES + 1} lines more"]
-    print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+    who = "" if ranks.is_first() else f"{ranks.name()}: "
+    print(f"{who}error: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 def root_of(error: BaseException) -> BaseException:

@@ -44,13 +44,14 @@ def generate(
     block_size, device = model.config.block_size, model.embed.weight.device
     cache = KVCache(model.config, 1, block_size, model.embed.weight.dtype, device)
     pending = ids[-block_size:]
+    # A compiled network would be compiled again for every new shape; one that is split over ranks needs its hooks.
+    run = model if model._compiled_call_impl is None else model.forward
     try:
         while len(ids) - count < max_tokens:
             if cache.length + len(pending) > block_size:
                 cache.clear()
                 pending = ids[-max(1, block_size // 2) :]
-            # .forward: a compiled network would be compiled again for every new shape
-            logits = model.forward(torch.tensor([pending], device=device), cache=cache)[:, -1, :vocab_size]
+            logits = run(torch.tensor([pending], device=device), cache=cache)[:, -1, :vocab_size]
             token = int(sample(logits, temperature, top_k, generator))
             if token == stop_id:
                 break

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.cost import computes_in_bf16
+from gptlab.sharding import local, share, whole
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -93,17 +94,19 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in by_shape.items():
-            gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in parameters]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
-            updates = orthogonal(torch.stack(ahead)).to(parameters[0].dtype)
+            # Of a network that is split over ranks, each puts the matrices together, and keeps its part of the update.
+            updates = orthogonal(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
+            own = [local(share(update, like)) for update, like in zip(updates, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # its entries are then as large as AdamW's
-            torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+            torch._foreach_add_([local(parameter) for parameter in parameters], own, alpha=-rate)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

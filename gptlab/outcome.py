@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptlab import __version__, doors
+from gptlab import __version__, doors, ranks
 from gptlab.assembly import Watchers
 from gptlab.config import is_below
 from gptlab.data.module import TextDataModule
@@ -48,12 +48,14 @@ class Outcome:
 
     def __enter__(self) -> "Outcome":
         self._before = self.folder.status()
-        self.folder.set_status("running", self._before.get("step", 0))
+        if ranks.is_first():
+            self.folder.set_status("running", self._before.get("step", 0))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is None and self._nothing_to_do:
-            self.folder.set_status("completed", self._before.get("step", 0))
+            if ranks.is_first():
+                self.folder.set_status("completed", self._before.get("step", 0))
             return True
         status, message = "completed", None
         if isinstance(error, Interrupted | KeyboardInterrupt):
@@ -65,7 +67,8 @@ class Outcome:
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
             self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
         try:
-            self._leave(status, message)
+            if ranks.is_first():
+                self._leave(status, message)
         except OSError as disk:
             if error is None:  # otherwise it is said already
                 self.exit_code = doors.report(disk, before_first_step=False)

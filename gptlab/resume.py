@@ -17,15 +17,10 @@ from gptlab.run import RunFolder, unfinished_runs
 log = logging.getLogger("gptlab")
 
 # What may differ from the run as it began: where it runs, when it stops, and what is watched how often.
+WHERE = tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy"))
 FREE = (
-    *(
-        "trainer.devices",
-        "trainer.num_nodes",
-        "trainer.accelerator",
-        "trainer.max_steps",
-        "trainer.max_epochs",
-        "max_time",
-    ),
+    *WHERE,
+    *("trainer.max_steps", "trainer.max_epochs", "max_time"),
     *("logger", "validation.every_steps", "samples.every_steps", "log.every_steps", "trust"),
     *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "every_minutes", "keep_last", "background")),
 )
@@ -158,8 +153,7 @@ def resumed_config(
         if not named or is_below(key, OF_THE_COMMAND) or is_below(key, ("logger",)) or then.get(key) == now.get(key):
             continue
         if is_below(key, FREE):
-            # A word like trainer=gpu says where to run; what else stands in its config was not asked for.
-            if key in overridden or key == "trainer.accelerator":
+            if key in overridden and not is_below(key, WHERE):
                 put(config, key, now[key])
         elif key in ("seed", "samples.seed"):
             seed_ignored = True
@@ -171,6 +165,11 @@ def resumed_config(
             "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
             + "\n".join(faults[:10])
         )
+    # A word like trainer=gpu says where to run; what else stands in its config was not asked for.
+    for name in WHERE:
+        if "trainer" in overridden or any(is_below(given, (name,)) for given in overridden):
+            config["trainer"].pop(name.partition(".")[2], None)
+            config["trainer"] |= {key: value for key, value in composed["trainer"].items() if f"trainer.{key}" == name}
     if any(is_below(name, ("logger",)) for name in overridden):
         config["logger"] = composed["logger"]
     lift_the_other_limit(config, overridden)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from gptlab import assembly, checkpoint, checks, config, doors
+from gptlab import assembly, checkpoint, checks, config, doors, ranks, sweep
 from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
@@ -34,7 +34,13 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     if cfg["resume"] is not None and cfg["init_from"] is not None:
         raise ValueError("resume continues a run and init_from starts a new one from its weights: give one of them")
     cfg = assembly.absolute_paths(cfg)
-    found = find_run(cfg) if cfg["resume"] is not None else None
+    leader = ranks.leader_said()
+    if leader is not None:
+        found = (RunFolder(Path(leader["run_dir"])), leader["checkpoint"] and Path(leader["checkpoint"]))
+        found, cfg = (found if leader["resumes"] else None), cfg | {"run_dir": leader["run_dir"]}
+    else:
+        require_run_dir(cfg)
+        found = find_run(cfg) if cfg["resume"] is not None else None
     if cfg["resume"] == "auto" and found is None:
         log.info("resume=auto: no unfinished run of this config in %s: a new one starts", cfg["run_dir"] or "runs/")
     ckpt_path = None
@@ -47,6 +53,10 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     checks.check(cfg)
     if found is None:
         folder = RunFolder(Path(cfg["run_dir"])) if cfg["run_dir"] else RunFolder.new(name)
+    if not ranks.is_first():  # the folder is the first one's
+        code = run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
+        # Lightning's first process would take a follower that ends as asked for one that has failed.
+        return 0 if leader is not None and code in sweep.INTERRUPTED else code
     folder.acquire(resume=found is not None)
     exit_code = None
     try:
@@ -64,33 +74,42 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
             doors.say(f"run: {folder.path}")
 
 
+def require_run_dir(cfg: dict[str, Any]) -> None:
+    """Raise ValueError where several processes would each choose a folder of their own."""
+    apart = ranks.started_outside() or cfg["trainer"]["num_nodes"] > 1
+    if apart and cfg["run_dir"] is None and cfg["resume"] in (None, "auto"):
+        raise ValueError(
+            "processes that torchrun or SLURM starts, or on several nodes, must know the run folder: give "
+            "run_dir=<folder>, the same to all, and resume=auto to go on there after a restart"
+        )
+
+
 def run(
     cfg: dict[str, Any], folder: RunFolder, overridden: dict[str, str], resumes: bool, ckpt_path: Path | None
 ) -> int:
     """Build everything, train, and leave a result; the run folder is ours."""
     with doors.logging_to(folder.log), Outcome(folder, cfg) as outcome:
         seed_everything(cfg["seed"], workers=True, verbose=False)
-        parent = tokenizer = None
+        parent = tokenizer = state = None
+        step, saved_cfg, world = 0, cfg, assembly.data_world(cfg["trainer"])
         if ckpt_path is not None:  # the run's own; what it was made from may be gone
-            tokenizer = load_tokenizer(folder.tokenizer, config.trusted(cfg))
+            tokenizer, state = load_tokenizer(folder.tokenizer, config.trusted(cfg)), checkpoint.load(ckpt_path)
+            step = state["global_step"]
+            log.info("continuing from %s, at step %s%s", ckpt_path, f"{step:,}", other_machine(state))
+            cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
         elif cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
+            saved_cfg = cfg
         data = assembly.build_data(cfg, tokenizer)
         model = assembly.build_model(cfg, data.tokenizer)
         if parent is not None:
             model.load_state_dict(checkpoint.model_weights(parent))
 
         accumulate = cfg["trainer"]["accumulate_grad_batches"]
-        steps_an_epoch = len(data.order(accumulate)) // accumulate
-        total_steps = assembly.steps_to_train(cfg["trainer"], steps_an_epoch)
+        total_steps = assembly.steps_to_train(cfg["trainer"], len(data.order(accumulate, 0, world)) // accumulate)
         task = assembly.build_task(cfg, model, data.tokenizer, total_steps)
         watchers = assembly.Watchers(cfg, folder, total_steps)
         outcome.watch(task, data, watchers, cfg.get("parent"))
-        step = 0
-        state = None if ckpt_path is None else checkpoint.load(ckpt_path)
-        if state is not None:
-            step = state["global_step"]
-            log.info("continuing from %s, at step %s%s", ckpt_path, f"{step:,}", other_machine(state))
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
         if state is not None:
@@ -102,10 +121,13 @@ def run(
                 outcome.nothing_to_do()
                 return 0
         # Nothing that was there before has been touched up to here.
-        if resumes:
-            folder.truncate_after(step)
-        save_config(cfg, folder)
-        data.tokenizer.save(folder.tokenizer)
+        if ranks.is_first():
+            if resumes:
+                folder.truncate_after(step)
+            save_config(saved_cfg, folder)
+            data.tokenizer.save(folder.tokenizer)
+        checkpoint_path = None if ckpt_path is None else str(ckpt_path)
+        ranks.tell_followers({"run_dir": str(folder.path), "checkpoint": checkpoint_path, "resumes": resumes})
         log.info(describe_data(data))
         sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
         log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))

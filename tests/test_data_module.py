@@ -121,7 +121,7 @@ def test_another_identity_is_refused_with_both_values(text_file, name, options):
     one, other = module(str(text_file)), module(str(text_file), **options)
     for data in (one, other):
         data.setup()
-    trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    trainer = SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=1, strategy=None)
     state = one.identity(trainer)
     one.require_same(json.loads(json.dumps(state)), trainer)
     with pytest.raises(ValueError, match=name) as refusal:

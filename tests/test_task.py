@@ -214,7 +214,7 @@ def test_documents_separate_trains(train, tmp_path):
 
 
 def test_a_plain_trainer_learns_with_task_data_and_callbacks_and_no_hydra(text_file, tmp_path):
-    data, task, saving = text_data(text_file, 8), make_task(), Checkpoints(50, None, 1)
+    data, task, saving = text_data(text_file, 8), make_task(), Checkpoints(50, None, None, 1, False)
     saving.folder = tmp_path / "kept"
     budget = Budget(120, None)
     trainer = make_trainer(
@@ -223,7 +223,12 @@ def test_a_plain_trainer_learns_with_task_data_and_callbacks_and_no_hydra(text_f
     trainer.fit(task, data)
     assert trainer.global_step == 120
     assert task.figures["val/loss"] < 0.6 * math.log(V)
-    assert {path.name for path in saving.folder.iterdir()} == {"last.ckpt", "best.ckpt", "step-00000100.ckpt"}
+    assert {path.name for path in saving.folder.iterdir()} == {
+        "last.ckpt",
+        "best.ckpt",
+        "step-00000100.ckpt",
+        "manifest.json",
+    }
     assert torch.load(saving.folder / "last.ckpt", weights_only=True)["gptlab"]["model"]["n_embd"] == 32
     assert budget.seconds > 0
 

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptlab.callbacks.steps import StepCallback
 from gptlab.checkpoint import OWN_KEY
+from gptlab.sharding import local, share, whole
 
 
 class MovingAverage(StepCallback):
@@ -64,7 +64,8 @@ class MovingAverage(StepCallback):
         trained, self._trained = self._trained, None
         if trained is not None:
             for name, place in self._places.items():
-                assign(self._weights[place], trained[name])
+                weight = self._weights[place]
+                weight.copy_(share(trained[name].to(weight.device), weight))
 
     @torch.no_grad()
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
@@ -105,8 +106,8 @@ class MovingAverage(StepCallback):
         """Put both into the file, and say what `state_dict` is. Lightning's `weights_only=True` passes this over."""
         if self._kept:
             present = state["state_dict"]
-            sharded = any(isinstance(tensor, DTensor) for tensor in present.values())
-            kept = self._kept if sharded else [whole(tensor) for tensor in self._kept]
+            device = next(iter(present.values())).device  # the CPU, where the weights were put together from all ranks
+            kept = [whole(tensor).to(device) for tensor in self._kept]
             other = present | {name: kept[place] for name, place in self._places.items() if name in present}
             state["state_dict"], state["current_model_state"] = (present, other) if self.in_use else (other, present)
         if self._kept or self.in_use:
@@ -137,21 +138,3 @@ def swap(one: Tensor, other: Tensor) -> None:
     held = one.clone()
     one.copy_(other)
     other.copy_(held)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; one that is sharded is gathered from all processes, which must all ask for it."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def assign(weight: Tensor, values: Tensor) -> None:
-    """Set a weight, sharded or not, to values of which every process has all, or its own shard."""
-    if isinstance(weight, DTensor) and not isinstance(values, DTensor):
-        values = values.to(weight.device)
-        values = distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None)
-    local(weight).copy_(local(values))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from gptlab.callbacks.averaging import average_in
@@ -47,6 +48,7 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml beside the file says it all."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add to the row of `step`, or begin it."""
         if not self.path.exists():
@@ -170,15 +172,17 @@ class RunRecord(StepCallback):
         self.device = task.device  # Lightning moves the network back before anybody asks
         if average := average_in(trainer):
             self.weights = average.word
-        self._write_status(trainer.global_step)
+        self._write_status(trainer, trainer.global_step)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         self.step, self.tokens = step, step * task.tokens_a_step
         self.epochs = step * trainer.accumulate_grad_batches / trainer.num_training_batches
         if time.monotonic() - self._written > self.STATUS_EVERY_S:
-            self._write_status(step)
+            self._write_status(trainer, step)
 
-    def _write_status(self, step: int) -> None:
+    def _write_status(self, trainer: Trainer, step: int) -> None:
+        if not trainer.is_global_zero:
+            return
         self._written = time.monotonic()
         self.folder.set_status("running", step)
 

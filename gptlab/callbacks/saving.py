@@ -13,11 +13,12 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from gptlab import checkpoint
 from gptlab.callbacks.averaging import average_in
-from gptlab.callbacks.steps import StepCallback, validation_follows
+from gptlab.callbacks.steps import Requests, StepCallback, validation_follows
 from gptlab.data.module import data_rank
 from gptlab.files import require_space
 
@@ -152,15 +153,20 @@ class Checkpoints(StepCallback):
         self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
         self.keep_last, self.background = keep_last, background
         self.folder = Path("checkpoints")  # set by the door that knows the run folder
+        self.requests = Requests()  # set where there are others who ask
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self.saved_step = -1
         self._saved_at = 0.0
 
+    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self.files = AtomicCheckpointIO(self.background)
+
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:  # two of them: an old file stays until the new one is whole
+            self.folder.mkdir(parents=True, exist_ok=True)
             state = task.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
             weights, optimizer = (checkpoint.tensor_bytes(part) for part in state)
             averages = weights if average_in(trainer) else 0
@@ -171,11 +177,15 @@ class Checkpoints(StepCallback):
         is_epoch_end = trainer.fit_loop.batch_idx + 1 == trainer.num_training_batches
         epochs = trainer.current_epoch + 1
         at_epoch = self.every_epochs is not None and is_epoch_end and epochs % self.every_epochs == 0
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return at_step or at_epoch or (self.every_minutes is not None and minutes >= self.every_minutes)
+        asked = self.requests.heard(trainer, trainer.lightning_module, "save")
+        return at_step or at_epoch or (asked and self.requests.heard_step > self.saved_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+        if self.every_minutes is not None and trainer.is_global_zero:  # of several ranks, the first one's clock counts
+            self.requests.ask("save", time.monotonic() - self._saved_at >= 60 * self.every_minutes)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        trainer.strategy.checkpoint_io.raise_if_failed()
+        self.files.raise_if_failed()
         if self._due(trainer, step) and not validation_follows(trainer):
             self._save(trainer, keep=True)
 
@@ -193,7 +203,7 @@ class Checkpoints(StepCallback):
 
     def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
         try:
-            trainer.strategy.checkpoint_io.wait()
+            self.files.wait()
         except OSError as error:
             log.error("%s", error)  # besides what ended the training
 
@@ -201,7 +211,7 @@ class Checkpoints(StepCallback):
         """Have the state as it is now on disk, and wait until it is there."""
         if self.saved_step != trainer.global_step:
             self._save(trainer)
-        trainer.strategy.checkpoint_io.wait()
+        self.files.wait()
 
     def _save(self, trainer: Trainer, keep: bool = False, is_best: bool = False) -> None:
         trainer.lightning_module.require_finite()
@@ -213,6 +223,14 @@ class Checkpoints(StepCallback):
             drop = sorted({*self.folder.glob("step-*.ckpt"), links[-1]})[: -self.keep_last]
         trainer.save_checkpoint(self.folder / "last.ckpt", storage_options={"links": links, "drop": drop})
         self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, state: dict[str, Any]) -> None:
+        """Count micro-batches anew where a step is made of another number of them than when it was saved."""
+        progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        accumulated = max(1, progress["total"]["processed"] // max(1, state["global_step"]))
+        for counts in (progress["total"], progress["current"]):
+            for name, count in counts.items():
+                counts[name] = count // accumulated * trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}

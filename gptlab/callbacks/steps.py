@@ -4,11 +4,13 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from gptlab.signals import SIGNALS, Interrupted
 
@@ -44,14 +46,84 @@ def validation_follows(trainer: Trainer) -> bool:
     return (trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0
 
 
+class Requests(Callback):
+    """What any rank asks of all: to end, after a signal or for the time, and to save, for the time.
+
+    A request travels with the sums of a step, in the one all-reduce that a step has, so that every rank hears of it at
+    the same step. On GPUs it is read a step later: nobody waits for a device. A single process hears itself at once.
+    """
+
+    KINDS = ("interrupt", "terminate", "time", "save")
+
+    def __init__(self) -> None:
+        self.asked = [False] * len(self.KINDS)
+        self.heard_step = -1  # at which step what is heard was asked for
+        self._heard = [False] * len(self.KINDS)
+        self._read_step = -1
+        self._under_way: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
+        self._handlers: dict[int, Any] = {}
+        self._single, self._begun = True, False
+
+    def ask(self, kind: str, wanted: bool = True) -> None:
+        self.asked[self.KINDS.index(kind)] = wanted
+
+    def heard(self, trainer: Trainer, task: LightningModule, kind: str) -> bool:
+        """Whether any rank has asked; the same on all ranks, when called after a step."""
+        if trainer.world_size == 1:
+            self._heard, self.heard_step = self.asked, trainer.global_step
+        elif self._read_step != trainer.global_step:
+            self._read_step = trainer.global_step
+            self._read(task, trainer.global_step)
+        return self._heard[self.KINDS.index(kind)]
+
+    def _read(self, task: LightningModule, step: int) -> None:
+        if task.device.type != "cuda":
+            self._heard, self.heard_step = [count > 0 for count in task.requested.tolist()], step
+            return
+        if self._under_way is not None:
+            copied, event, self.heard_step = self._under_way
+            event.synchronize()  # long done: it is a step old
+            self._heard = [count > 0 for count in copied.tolist()]
+        buffer, event = torch.empty(len(self.KINDS), pin_memory=True), torch.cuda.Event()
+        buffer.copy_(task.requested, non_blocking=True)
+        event.record()
+        self._under_way = (buffer, event, step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+        self._begun = True
+        if trainer.world_size > 1:
+            task.requests.copy_(torch.tensor(self.asked, dtype=torch.float32))
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self._single = trainer.world_size == 1
+        # Lightning would broadcast a flag of its own before every batch, and wait for the device to read it.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if threading.current_thread() is threading.main_thread():  # here, because Lightning has set its own by now
+            self._handlers = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        kind = "interrupt" if signum == signal.SIGINT else "terminate"
+        is_second = signum == signal.SIGINT and self.asked[0]
+        if is_second or (self._single and not self._begun):  # before the first step there is nothing to save
+            raise Interrupted(signum)
+        self.ask(kind)
+
+    def teardown(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+
 class Budget(StepCallback):
     """Ends training after `total_steps`, or at the first step after `max_time_s` seconds of training.
 
-    It asks Lightning to stop, rather than being cut off, and so the last step is validated like any other.
+    It asks Lightning to stop, rather than being cut off, and so the last step is validated like any other. Of several
+    ranks the first one's clock counts.
     """
 
-    def __init__(self, total_steps: int, max_time_s: float | None):
+    def __init__(self, total_steps: int, max_time_s: float | None, requests: Requests | None = None):
         self.total_steps, self.max_time_s = total_steps, max_time_s
+        self.requests = requests or Requests()
         self.seconds_before = 0.0
         self._start: float | None = None
         self._end: float | None = None
@@ -70,8 +142,12 @@ class Budget(StepCallback):
     def is_spent(self, step: int, seconds: float) -> bool:
         return step >= self.total_steps or (self.max_time_s is not None and seconds >= self.max_time_s)
 
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+        if trainer.is_global_zero and self.is_spent(0, self.seconds):
+            self.requests.ask("time")
+
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        if self.is_spent(step, self.seconds):
+        if step >= self.total_steps or self.requests.heard(trainer, task, "time"):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
@@ -90,42 +166,26 @@ class Budget(StepCallback):
 class Interrupts(StepCallback):
     """Ends the run at the next step boundary after a signal, once `save` has put everything needed to resume on disk.
 
-    Signals are only noted while a step or a validation is under way: saving in the middle of either would lose it. A
+    A signal is only noted while a step or a validation is under way: saving in the middle of either would lose it. A
     second Ctrl-C does not wait.
     """
 
-    def __init__(self, save: Any):
-        self.save = save  # called with the trainer
-        self.signum: int | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signal.SIGINT == signum:
-            raise Interrupted(signum)
-        self.signum = signum
-
-    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        super().on_train_start(trainer, task)
-        if threading.current_thread() is threading.main_thread():  # here, because Lightning has set its own by now
-            self._handlers = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+    def __init__(self, save: Callable[[Trainer], None], requests: Requests):
+        self.save, self.requests = save, requests
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        if self.signum is not None and not validation_follows(trainer):
-            self._end(trainer)
+        if not validation_follows(trainer):
+            self._end_if_asked(trainer, task)
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        if self.signum is not None and not trainer.should_stop:
-            self._end(trainer)
+        if not trainer.should_stop and not trainer.sanity_checking:
+            self._end_if_asked(trainer, task)
 
-    def _end(self, trainer: Trainer) -> None:
-        assert self.signum is not None
-        self.save(trainer)
-        raise Interrupted(self.signum)
-
-    def teardown(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
+    def _end_if_asked(self, trainer: Trainer, task: LightningModule) -> None:
+        for kind, signum in (("interrupt", signal.SIGINT), ("terminate", signal.SIGTERM)):
+            if self.requests.heard(trainer, task, kind):
+                self.save(trainer)
+                raise Interrupted(signum)
 
 
 class CompileAhead(Callback):

@@ -17,6 +17,7 @@ from gptlab.callbacks.averaging import average_in, averaged
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.steps import Budget, StepCallback
 from gptlab.engine import generate
+from gptlab.sharding import is_split
 from gptlab.tokenizer import EOS_ID
 
 log = logging.getLogger("gptlab")
@@ -126,10 +127,12 @@ class Samples(StepCallback):
             self._write(trainer, task, step)
 
     def _write(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not is_split(task.model):
             return
         for prompt in self.prompts:
-            text = self.continuation(task, prompt)
+            text = self.continuation(task, prompt)  # by all ranks that hold a part of the network
+            if not trainer.is_global_zero:
+                continue
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
             log.info("sample at step %s: %s", f"{step:,}", one_line(prompt + text))

@@ -18,6 +18,7 @@ from gptlab.losses import document_layout, masked_sum, token_nll
 from gptlab.machine import hardware
 from gptlab.model import GPT
 from gptlab.optim import parameter_groups
+from gptlab.sharding import local, norm_square, split
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
@@ -75,6 +76,11 @@ class LMTask(LightningModule):
         else:
             self.model._compiled_call_impl = None
 
+    def configure_model(self) -> None:
+        """Split the network over the ranks of a strategy that splits it."""
+        if self.device_mesh is not None:
+            split(self.model, self.device_mesh)
+
     def on_fit_start(self) -> None:
         for name in ("step_sums", "interval_sums", "gradient_norm", "requests", "requested"):
             setattr(self, name, getattr(self, name).to(self.device))
@@ -104,12 +110,15 @@ class LMTask(LightningModule):
         Lightning has averaged micro-batches and ranks as if every token of theirs counted. What is wanted is the mean
         over the tokens that did. All is one multiplication, so fused optimizers and bf16 need no special care.
         """
-        sums = torch.cat((self.step_sums, self.requests))
-        nll_and_tokens, self.requested = self.trainer.strategy.reduce(sums, reduce_op="sum").split((2, REQUESTS))
+        gradients = [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        strategy = self.trainer.strategy
+        square = norm_square(self.model.parameters(), self.trainer.world_size)
+        sums = strategy.reduce(torch.cat((self.step_sums, self.requests, square)), reduce_op="sum")
+        nll_and_tokens = sums[:2] / getattr(strategy, "tensor_ranks", 1)  # which count the same tokens
+        self.requested = sums[2:-1]
         self.step_sums.zero_()
         scale = self.tokens_a_step / nll_and_tokens[1].clamp(min=1)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        self.gradient_norm.copy_(torch.nn.utils.get_total_norm(gradients) * scale)
+        self.gradient_norm.copy_(sums[-1].sqrt() * scale)
         if self.skip_nonfinite and not bool(torch.isfinite(nll_and_tokens[0]) & torch.isfinite(self.gradient_norm)):
             self._skip_step()
             return
