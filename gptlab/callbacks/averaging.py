@@ -106,8 +106,8 @@ class MovingAverage(StepCallback):
         """Put both into the file, and say what `state_dict` is. Lightning's `weights_only=True` passes this over."""
         if self._kept:
             present = state["state_dict"]
-            device = next(iter(present.values())).device  # the CPU, where the weights were put together from all ranks
-            kept = [whole(tensor).to(device) for tensor in self._kept]
+            # Of a split network they are put together by all ranks, on the CPU.
+            kept = [tensor if local(tensor) is tensor else whole(tensor).cpu() for tensor in self._kept]
             other = present | {name: kept[place] for name, place in self._places.items() if name in present}
             state["state_dict"], state["current_model_state"] = (present, other) if self.in_use else (other, present)
         if self._kept or self.in_use:
