@@ -2,7 +2,7 @@
 
 Each contender trains the same shape on the same token file in turns, several times over; the table gives the median
 time of a step and its ratio to the first. The bare loop is eager float32 with torch's AdamW and clipping, no Lightning,
-no logging, no callbacks; the others add one thing each; the last is `python -m gptlab.train` itself.
+no logging, no callbacks; the others add one thing each; the last two are `python -m gptlab.train` itself.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def bare_loop(shape: str, steps: int, bf16: bool, compiled: bool) -> float:
     return statistics.median(times[3:])
 
 
-def gptlab_run(shape: str, steps: int, folder: Path) -> float:
+def gptlab_run(shape: str, steps: int, folder: Path, more: str = "") -> float:
     """Median seconds of a step of the real command, from its result.json."""
     n_layer, n_head, n_embd, block_size, batch_size = SHAPES[shape]
     text, run_dir = folder / "text.txt", folder / f"run-{time.monotonic_ns()}"
@@ -67,6 +67,7 @@ def gptlab_run(shape: str, steps: int, folder: Path) -> float:
     options = f"{shape_keys} data.batch_size={batch_size} tokenizer=byte optimizer=adamw compile=true"
     options += f" trainer.max_steps={steps}"
     options += f" data.files={text} run_dir={run_dir} validation.every_steps=100000 samples.every_steps=null"
+    options += f" {more}"
     command = [sys.executable, "-m", "gptlab.train", *options.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((run_dir / "result.json").read_text())
@@ -86,6 +87,7 @@ def main() -> None:
             "+ bf16 autocast": lambda: bare_loop(shape, steps, bf16=True, compiled=False),
             "+ torch.compile": lambda: bare_loop(shape, steps, bf16=True, compiled=True),
             "gptlab.train (auto)": lambda: gptlab_run(shape, steps, Path(folder)),
+            "  with callbacks=ema": lambda: gptlab_run(shape, steps, Path(folder), "callbacks=ema"),
         }
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(arguments.rounds):

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gptlab import config, cost, ranks
+from gptlab.callbacks.averaging import MovingAverage
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
@@ -81,9 +82,11 @@ def build_model(cfg: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     return GPT(node, config.trusted(cfg))
 
 
-def describe_cost(node: GPTConfig, batch_size: int, precision: str, trust: tuple[str, ...]) -> str:
+def describe_cost(
+    node: GPTConfig, batch_size: int, precision: str, trust: tuple[str, ...], averaged: bool = False
+) -> str:
     """One line on the size of a network, found without allocating it."""
-    figures = cost.estimate(node, batch_size, bf16=precision.startswith("bf16"), trust=trust)
+    figures = cost.estimate(node, batch_size, bf16=precision.startswith("bf16"), trust=trust, averaged=averaged)
     return (
         f"{figures.parameters / 1e6:.2f} M parameters "
         f"({figures.parameters_non_embedding / 1e6:.2f} M without embeddings), "
@@ -212,15 +215,17 @@ class Watchers:
         self.extra: list[Callback] = [config.make(node) for node in (cfg["callbacks"] or {}).values()]
 
     def callbacks(self, on_terminal: bool) -> list[Callback]:
+        averages = [callback for callback in self.extra if isinstance(callback, MovingAverage)]
         return [
             self.requests,
             RandomState(self.seed),
+            *averages,  # what samples, validates and saves after it sees the average of this step
             self.compile,
             self.budget,
             self.monitor,
             self.samples,
             self.alerts,
-            *self.extra,
+            *(callback for callback in self.extra if callback not in averages),
             ConsoleLines(self.monitor, self.budget),
             self.record,
             self.checkpoints,

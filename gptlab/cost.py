@@ -34,7 +34,7 @@ class Cost:
     parameters: int  # all, padded vocabulary included
     parameters_non_embedding: int  # without token and position tables; an untied head counts
     flops_per_token: float  # one training step: forward and backward
-    memory_bytes: int  # weights, gradients, two moments, and the activations of one micro-batch
+    memory_bytes: int  # weights, their average if any, gradients, two moments, and the activations of one micro-batch
 
 
 def computes_in_bf16(device: str) -> bool:
@@ -86,12 +86,17 @@ def activation_bytes(config: GPTConfig, batch_size: int, bf16: bool, trust: tupl
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
-def estimate(config: GPTConfig, batch_size: int, bf16: bool = False, trust: tuple[str, ...] = ()) -> Cost:
-    """What training with micro-batches of `batch_size` sequences costs; nothing is allocated."""
+def estimate(
+    config: GPTConfig, batch_size: int, bf16: bool = False, trust: tuple[str, ...] = (), averaged: bool = False
+) -> Cost:
+    """What training with micro-batches of `batch_size` sequences costs; nothing is allocated.
+
+    `averaged`: with an average of the weights kept beside them.
+    """
     with torch.device("meta"):
         model = GPT(config, trust)
     total, non_embedding = count_parameters(model)
-    state = 16 * total  # float32 weight, gradient and AdamW's two moments
+    state = (20 if averaged else 16) * total  # float32 weight, gradient and AdamW's two moments
     activations = activation_bytes(config, batch_size, bf16, trust)
     return Cost(total, non_embedding, flops_per_token(model, config.block_size), state + activations)
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors, ranks, sweep
+from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
 from gptlab.machine import hardware
@@ -129,7 +130,8 @@ def run(
         checkpoint_path = None if ckpt_path is None else str(ckpt_path)
         ranks.tell_followers({"run_dir": str(folder.path), "checkpoint": checkpoint_path, "resumes": resumes})
         log.info(describe_data(data))
-        log.info(assembly.describe_cost(model.config, data.config.batch_size, trainer.precision, config.trusted(cfg)))
+        sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
+        log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))
         log.info(describe_steps(cfg, total_steps, trainer))
         trainer.fit(task, data, ckpt_path=ckpt_path)
     return outcome.exit_code

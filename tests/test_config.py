@@ -146,7 +146,7 @@ FLOORS = {
     0: "names signals ranks files machine sharding model cache tokenizer losses optim cost",
     1: "engine checkpoint run data.corpus data.sources data.tokens data.windows",
     2: "strategies data.module tasks.lm tasks.metrics "
-    "callbacks.steps callbacks.saving callbacks.record callbacks.watching",
+    "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given resume sweep train prepare __main__",
 }
 MAY_IMPORT = {

@@ -88,6 +88,7 @@ def test_estimate_adds_up():
     assert (cost.parameters, cost.parameters_non_embedding) == count_parameters(model)
     assert cost.flops_per_token == flops_per_token(model, 64)
     assert cost.memory_bytes == 16 * cost.parameters + activation_bytes(config, 4, False, ())
+    assert estimate(config, 4, averaged=True).memory_bytes == cost.memory_bytes + 4 * cost.parameters
 
 
 def test_estimate_leaves_the_seed_alone():

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
+from gptlab.callbacks.averaging import average_in
 from gptlab.callbacks.steps import Budget, StepCallback
 from gptlab.cost import count_parameters, flops_per_token, peak_tflops
 from gptlab.files import write_atomically
@@ -163,11 +164,14 @@ class RunRecord(StepCallback):
         self.validation: dict[str, float] = {}
         self.step, self.epochs, self.tokens = 0, 0.0, 0
         self.device = torch.device("cpu")
+        self.weights = "raw"  # what the figures of validation are of
         self._written = 0.0
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
         self.device = task.device  # Lightning moves the network back before anybody asks
+        if average := average_in(trainer):
+            self.weights = average.word
         self._write_status(trainer, trainer.global_step)
 
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
@@ -213,6 +217,7 @@ class RunRecord(StepCallback):
             "params_non_embedding": non_embedding,
             "train_tokens": self.tokens,
             "train_loss": finite(figures.get("train/loss")),
+            "weights": self.weights,
             "val_loss": finite(validation.get("val/loss")),
             "val_perplexity": finite(validation.get("val/perplexity")),
             "val_bits_per_byte": finite(validation.get("val/bits_per_byte")),

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from gptlab import checkpoint
+from gptlab.callbacks.averaging import average_in
 from gptlab.callbacks.steps import Requests, StepCallback, validation_follows
 from gptlab.data.module import data_rank
 from gptlab.files import require_space
@@ -169,7 +170,8 @@ class Checkpoints(StepCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             state = task.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
             weights, optimizer = (checkpoint.tensor_bytes(part) for part in state)
-            require_space(self.folder, 2 * max(weights + optimizer, 3 * weights))
+            averages = weights if average_in(trainer) else 0
+            require_space(self.folder, 2 * (averages + max(weights + optimizer, 3 * weights)))
 
     def _due(self, trainer: Trainer, step: int) -> bool:
         at_step = self.every_steps is not None and step % self.every_steps == 0

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gptlab.callbacks.averaging import average_in, averaged
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.steps import Budget, StepCallback
 from gptlab.engine import generate
@@ -43,13 +44,13 @@ class ConsoleLines(Callback):
         self.monitor, self.budget = monitor, budget
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        figures = task.figures
+        figures, average = task.figures, average_in(trainer)
         epochs = self.budget.total_steps * trainer.accumulate_grad_batches / trainer.num_training_batches
         parts = [
             f"epoch {trainer.current_epoch + 1}/{math.ceil(epochs)}",
             f"step {trainer.global_step:,}",
             f"train {self.monitor.figures.get('train/loss', math.nan):.3f}",
-            f"val {figures['val/loss']:.3f}",
+            f"val {figures['val/loss']:.3f}" + (f" ({average.word})" if average else ""),
             f"ppl {figures['val/perplexity']:.4g}",
             f"{short(self.monitor.figures.get('train/tokens_per_second') or math.nan)} tok/s",
             f"{self.budget.seconds:.0f} s",
@@ -122,6 +123,10 @@ class Samples(StepCallback):
 
     def _sample(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         self._sampled = step
+        with averaged(trainer, task):
+            self._write(trainer, task, step)
+
+    def _write(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         if not trainer.is_global_zero and not is_split(task.model):
             return
         for prompt in self.prompts:

@@ -179,7 +179,10 @@ class LMTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
-        state[checkpoint.OWN_KEY] = checkpoint.describe(self.model.config, self.tokenizer)
+        # What a callback has put there, the word for averaged weights, stays.
+        state[checkpoint.OWN_KEY] = state.get(checkpoint.OWN_KEY, {}) | checkpoint.describe(
+            self.model.config, self.tokenizer
+        )
         state[checkpoint.OWN_KEY] |= {
             "interval_sums": self.interval_sums.clone(),
             "skipped_steps": self.skipped_steps,
