@@ -76,7 +76,10 @@ class Sweep:
         self._lock.release()
 
     def job(self, number: int, overrides: Sequence[str], threads: int | None = None, labelled: bool = False) -> Job:
-        overrides = [o for o in overrides if strip_key(o) not in OF_THE_SWEEP and not strip_key(o).startswith("hydra")]
+        keys = {o: strip_key(o) for o in overrides}
+        overrides = [
+            o for o in overrides if keys[o] not in OF_THE_SWEEP and not keys[o].startswith(("hydra.", "hydra/"))
+        ]
         varied = [override for override in overrides if strip_key(override) in self.swept]
         job = Job(
             number=number,

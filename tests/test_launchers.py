@@ -166,6 +166,16 @@ def shell(folder: Path, line: str, **options) -> Shell:
     return Shell(0, "train", [line], [], str(folder / "run"), str(folder), cwd=str(folder), **options)
 
 
+def test_job_of_slurm_starts_its_own_ranks(tmp_path, monkeypatch):
+    """Under SLURM's variables Lightning would wait for ranks that nobody starts."""
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "submitit")
+    program = "from lightning.fabric.plugins.environments import SLURMEnvironment as S; raise SystemExit(S.detect())"
+    line = f"{sys.executable} -c '{program}'"
+    assert Runner()(shell(tmp_path, line))["exit_code"] == 1
+    assert launchers.Requeued()(shell(tmp_path, line))["exit_code"] == 0
+
+
 def test_what_a_job_leaves_behind_is_ended_with_it(tmp_path):
     """Ranks of a job that was killed would hold its GPU."""
     line = "sleep 300 & echo $! > left; exit 7"
