@@ -4,6 +4,7 @@ import functools
 import os
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -70,8 +71,10 @@ class ProjectSearchPath(SearchPathPlugin):
 
 
 @functools.cache
-def sweep_time() -> str:
-    return time.strftime("%Y-%m-%d/%H-%M-%S")
+def new_sweep_dir() -> str:
+    """Where the sweep of this process goes, unless it is told: a folder that no sweep of this second has."""
+    stem = f"runs/sweeps/{time.strftime('%Y-%m-%d/%H-%M-%S')}"
+    return next(name for name in (stem, *(f"{stem}-{n}" for n in range(2, 1000))) if not Path(name).exists())
 
 
 def register() -> None:
@@ -82,9 +85,12 @@ def register() -> None:
     store.store(group="schema", name="gpt", node=GPTConfig)
     store.store(group="schema", name="data", node=DataConfig)
     Plugins.instance().register(ProjectSearchPath)
+    for group in ("launcher", "sweeper"):  # a published plugin's config of the same name would be the schema of ours
+        for word in words_of(f"hydra/{group}"):
+            store.repo["hydra"].get(group, {}).pop(f"{word}.yaml", None)
     for name, resolver in {
         "unless": lambda given, value: -1 if given is not None and given != -1 else value,
-        "sweep_dir": lambda run_dir: run_dir or f"runs/sweeps/{sweep_time()}",
+        "sweep_dir": lambda run_dir: run_dir or new_sweep_dir(),
     }.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
@@ -124,7 +130,9 @@ def known_keys(config_name: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    return [*sorted(path.name for path in conf_dir().iterdir() if path.is_dir()), "experiments"]
+    """Every group whose word can be chosen; Hydra's own two stand below conf/hydra."""
+    holders = {path.parent.relative_to(conf_dir()) for path in conf_dir().rglob("*.yaml")} - {Path()}
+    return [*sorted(map(str, holders)), "experiments"]
 
 
 def words_of(group: str) -> list[str]:

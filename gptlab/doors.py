@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, ranks, sweep
+from gptlab import checks, config, launchers, ranks, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
 from gptlab.signals import SIGNALS, Interrupted
@@ -170,12 +170,14 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
     for signum in SIGNALS:
         signal.signal(signum, interrupt)
     config.register()
+    launchers.register(*launchers.WORDS, study.Optuna)
     outcome = {"code": 0}
 
     def job(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            sweep.run_job(name)
-            return
+            word = HydraConfig.get().runtime.choices["hydra/launcher"]
+            known = ", ".join(config.words_of("hydra/launcher"))
+            raise ValueError(f"hydra/launcher={word} starts no processes for jobs; use one of {known}")
         try:
             plain = config.plain(cfg)
             checks.check_targets(plain, config.trusted(plain))
@@ -185,7 +187,7 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
 
     try:
         hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
-        outcome["code"] = outcome["code"] or sweep.summarise(show)
     except (Exception, Interrupted) as error:
         outcome["code"] = report(error, before_first_step=True)
-    sys.exit(outcome["code"])
+    of_the_sweep = sweep.summarise(show)
+    sys.exit(outcome["code"] or of_the_sweep)

@@ -9,8 +9,12 @@ from gptlab import __version__
 PACKAGE = Path(__file__).parent
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]+):(?: (?P<value>[^#\n]*?))?(?:\s+# (?P<says>.*))?$")
 FIELD = re.compile(r"^    (?P<key>[a-z_]+): [^=]+ = (?P<value>[^#\n]*?)(?:\s+# (?P<says>.*))?$")
+SWEEPS = ("hydra/launcher", "hydra/sweeper")  # where the jobs of a sweep run, and who chooses them
 SHOWN = {  # the groups of each door, and the file of the dataclass behind a group, if there is one
-    "train": ("model", "data", "tokenizer", "stage", "task", "optimizer", "schedule", "trainer", "logger", "callbacks"),
+    "train": (
+        *("model", "data", "tokenizer", "stage", "task", "optimizer", "schedule", "trainer", "logger", "callbacks"),
+        *SWEEPS,
+    ),
     "prepare": ("data", "tokenizer"),
 }
 SCHEMAS = {"model": ("model.py", "GPTConfig"), "data": ("data/module.py", "DataConfig")}
@@ -20,6 +24,7 @@ usage
   one run         python -m gptlab.train model=tiny trainer=gpu optimizer.lr=3e-4
   own text        python -m gptlab.train data.files='[texts/**/*.txt]'
   a sweep         python -m gptlab.train -m model=tiny,small seed=1,2,3
+  a search        python -m gptlab.train -m hydra/sweeper=optuna 'optimizer.lr=tag(log,interval(1e-4,1e-2))'
   what would run  python -m gptlab.train model=small --cfg job
 More of Hydra's own options: --hydra-help. Files, figures and exit codes: README.md.""",
     "prepare": """\
@@ -82,7 +87,7 @@ def manual(door: str) -> str:
 def default_words() -> dict[str, str]:
     """The word that each group takes when none is given: the defaults list of train, which prepare shares."""
     root = (conf_dir() / "train.yaml").read_text()
-    return dict(re.findall(r"^  - ([a-z]+): ([a-z_]+)$", root, re.MULTILINE))
+    return dict.fromkeys(SWEEPS, "basic") | dict(re.findall(r"^  - ([a-z]+): ([a-z_]+)$", root, re.MULTILINE))
 
 
 def first_comment(text: str) -> str:
@@ -132,7 +137,8 @@ def keys_of_words(group: str, default: str | None) -> list[str]:
             elif value != found[key][0]:
                 others.setdefault(key, []).append(f"{path.stem}: {value}")
     also = {key: f" ({', '.join(values)})" for key, values in others.items()}
-    return [line(f"{group}.{key}={value}", (says or "") + also.get(key, "")) for key, (value, says) in found.items()]
+    prefix = group.replace("/", ".")
+    return [line(f"{prefix}.{key}={value}", (says or "") + also.get(key, "")) for key, (value, says) in found.items()]
 
 
 def fields_of(file: str, name: str, prefix: str, values: dict[str, tuple[str, str | None]]) -> Iterator[str]:

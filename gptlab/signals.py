@@ -2,7 +2,9 @@
 
 import signal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler; SLURM, before the time is up
+# Ctrl-C; a scheduler; SLURM, before the time is up, and submitit on SLURM
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PARENT = "GPTLAB_PARENT"  # names the process that a job of a sweep ends with
 
 
 def exit_code(signum: int) -> int:

@@ -1,5 +1,7 @@
 """What a door does before its imports take seconds: the clock, --help and --version, and a quiet end on a signal."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -7,7 +9,7 @@ import time
 from types import FrameType
 
 from gptlab import manual
-from gptlab.signals import SIGNALS, exit_code
+from gptlab.signals import PARENT, SIGNALS, exit_code
 
 PROCESS_START = time.time()
 
@@ -20,6 +22,17 @@ def begin(door: str) -> None:
         sys.exit(0)
     for signum in SIGNALS:
         signal.signal(signum, leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked where a worker of Ray or submitit starts this
+    if parent := os.environ.pop(PARENT, None):  # not for the processes that this one starts
+        end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel, where it can, send SIGTERM when `parent` dies: a job is not to outlive its killed sweep."""
+    with contextlib.suppress(AttributeError):  # macOS
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        leave(signal.SIGTERM, None)
 
 
 def leave(signum: int, frame: FrameType | None) -> None:

@@ -1,69 +1,135 @@
-"""Sweeps: each job is a process of its own with a run folder of its own, and none hides or ends the others."""
+"""The folder of a sweep: which jobs it has, what they came to, and who runs it now."""
 
 import contextlib
 import json
 import re
 import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
+import yaml
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from rich.table import Table
 
-from gptlab import signals
+from gptlab import jobs, signals
+from gptlab.given import strip_key
+from gptlab.jobs import INTERRUPTED, Job
 
-INTERRUPTED = (130, 143)
-_jobs: list[dict[str, Any]] = []
+OF_THE_SWEEP = ("run_dir", "resume")  # what the sweep itself answers to, not its jobs
+current: "Sweep | None" = None  # the one that this process runs
 
 
-def run_job(door: str) -> None:
-    """Run this job of a sweep as `python -m gptlab.<door>`; its exit code is kept for the summary, not raised."""
-    if _jobs and _jobs[-1]["exit_code"] in INTERRUPTED:
-        return  # whoever stopped that job wants the sweep to end
-    hydra_config = HydraConfig.get()
-    overrides = [o for o in hydra_config.overrides.task if not o.startswith(("run_dir=", "hydra."))]
-    swept = swept_keys(sys.argv[1:]) | set(hydra_config.sweeper.get("params") or {})
-    varied = [override for override in overrides if override.split("=")[0] in swept]  # what tells this job apart
-    folder = Path(hydra_config.sweep.dir).absolute() / job_name(hydra_config.job.num, varied)
-    print(f"job {hydra_config.job.num}: {' '.join(varied)}", flush=True)
-    start = time.monotonic()
-    command = [sys.executable, "-m", f"gptlab.{door}", *overrides, f"run_dir={quoted(str(folder))}"]
-    # In a group of its own the job gets each signal once, from here, also when a terminal sends Ctrl-C to this group.
-    received: list[int] = []
-    handlers = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in signals.SIGNALS}
-    process = subprocess.Popen(command, process_group=0, stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1)
-    said: list[str] = []
-    listener = threading.Thread(target=repeat, args=(process.stderr, said), daemon=True)
-    listener.start()
-    try:
-        while (exit_code := process.poll()) is None:
-            while received:
-                process.send_signal(received.pop(0))
-            time.sleep(0.05)
-        if -exit_code in signals.SIGNALS:  # a signal that came before the job was able to end in its own way
-            exit_code = signals.exit_code(-exit_code)
-        listener.join(timeout=5)  # longer only where something that the job has started outlives it
-        if received:  # after the job's end: it is the sweep that is meant
-            exit_code = signals.exit_code(received[0])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    job = {"job": hydra_config.job.num, "overrides": overrides, "varied": varied, "run_dir": str(folder)}
-    job |= {
-        "exit_code": exit_code,
-        "seconds": round(time.monotonic() - start, 1),
-        "error": error_in(said) if exit_code else None,
-    }
-    _jobs.append(job)
-    with open(Path(hydra_config.sweep.dir) / "sweep.jsonl", "a") as file:
-        file.write(json.dumps(job) + "\n")
+class Sweep:
+    """A folder that belongs to one process at a time, from `open` to `close`."""
+
+    def __init__(self, folder: Path, door: str, resume: bool, swept: set[str]):
+        self.folder, self.door, self.resume, self.swept = folder, door, resume, swept
+        self.received: list[int] = []  # signals
+        self.jobs: list[Job] = []
+        self._lock = FileLock(folder / ".lock")
+
+    @classmethod
+    def open(cls, config: DictConfig) -> "Sweep":
+        """Take over the folder that the command line names. Raises ValueError where it can't be begun or continued."""
+        global current
+        swept = swept_keys(sys.argv[1:]) | set(config.hydra.sweeper.get("params") or {})
+        folder, resume = Path(config.hydra.sweep.dir).absolute(), config.resume
+        if several := swept.intersection(OF_THE_SWEEP):
+            raise ValueError(f"{several.pop()}: a sweep takes one value of it")
+        if resume not in (None, "auto"):
+            raise ValueError(f"resume={resume}: a sweep is continued by resume=auto with run_dir=<its folder>")
+        if resume == "auto" and config.run_dir is None:
+            raise ValueError("resume=auto: name the sweep to continue with run_dir=<its folder>")
+        held = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+        is_sweep = "multirun.yaml" in held
+        held = [name for name in held if name != "multirun.yaml"]  # which is there before any job is
+        if held and resume is None:
+            raise ValueError(
+                f"run_dir={folder} is not empty (it holds {', '.join(held[:3])}); choose another, "
+                "or continue the sweep in it with resume=auto"
+            )
+        if held and not is_sweep:
+            raise ValueError(f"run_dir={folder} holds no sweep (no multirun.yaml); choose another folder")
+        current = cls(folder, config.hydra.job.config_name, resume == "auto", swept)
+        current._acquire()
+        return current
+
+    def _acquire(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"run_dir={self.folder} is in use by another process; wait for it, or choose another"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"run_dir={self.folder}: {error.strerror}; choose a folder that can be written") from error
+        (self.folder / ".stop").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        (self.folder / ".stop").unlink(missing_ok=True)
+        self._lock.release()
+
+    def job(self, number: int, overrides: Sequence[str], threads: int | None = None, labelled: bool = False) -> Job:
+        keys = {o: strip_key(o) for o in overrides}
+        overrides = [
+            o for o in overrides if keys[o] not in OF_THE_SWEEP and not keys[o].startswith(("hydra.", "hydra/"))
+        ]
+        varied = [override for override in overrides if strip_key(override) in self.swept]
+        job = Job(
+            number=number,
+            door=self.door,
+            overrides=overrides,
+            varied=varied,
+            run_dir=str(self.folder / job_name(number, varied)),
+            sweep_dir=str(self.folder),
+            cwd=str(Path.cwd()),
+            resume=self.resume,
+            threads=threads,
+            labelled=labelled,
+        )
+        self.jobs.append(job)
+        return job
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the job has run to its end before, with these same overrides."""
+        record = jobs.records(self.folder).get(job.number)
+        if record is None or record["exit_code"] != 0 or record["overrides"] != job.overrides:
+            return False
+        return self.door != "train" or read_result(Path(job.run_dir)).get("status") == "completed"
+
+    @contextlib.contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Signals are for the jobs meanwhile: each that runs is sent them, and no other starts."""
+
+        def heed(signum: int, _: Any) -> None:
+            self.received.append(signum)
+            jobs.stop(self.folder, signum)
+
+        handlers = {number: signal.signal(number, heed) for number in signals.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all jobs ended well, otherwise the code that tells."""
+        codes = [record["exit_code"] for record in self.records()]
+        if self.received:
+            return signals.exit_code(self.received[0])
+        return next((code for code in codes if code in INTERRUPTED), 1 if any(codes) else 0)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the jobs of this command have come to, now or before."""
+        found = jobs.records(self.folder)
+        return [found[job.number] for job in self.jobs if job.number in found]
 
 
 def swept_keys(arguments: list[str]) -> set[str]:
@@ -74,24 +140,8 @@ def swept_keys(arguments: list[str]) -> set[str]:
         with contextlib.suppress(HydraException):  # an option, such as -m
             (override,) = parser.parse_overrides([argument])
             if override.is_sweep_override():
-                keys.add(argument.split("=")[0])
+                keys.add(strip_key(argument))
     return keys
-
-
-def repeat(stream: IO[str], said: list[str]) -> None:
-    """Pass on what a job writes to its standard error, and keep the end of it."""
-    for line in stream:
-        with contextlib.suppress(OSError):  # whoever listened to this process may have gone
-            sys.stderr.write(line)
-            sys.stderr.flush()
-        said.append(line)
-        del said[:-50]
-
-
-def error_in(said: list[str]) -> str | None:
-    """The message that a job ended with, if it ended with one."""
-    start = max((number for number, line in enumerate(said) if line.startswith("error: ")), default=None)
-    return None if start is None else "".join(said[start:]).removeprefix("error: ").strip()
 
 
 def job_name(number: int, varied: list[str]) -> str:
@@ -105,39 +155,46 @@ def job_name(number: int, varied: list[str]) -> str:
     return "_".join(words)[:80]
 
 
-def quoted(value: str) -> str:
-    """`value` as Hydra's override grammar reads it back, whatever it holds."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def summarise(show: Callable[[Table], None]) -> int:
-    """Print a table of the sweep's jobs, if there was one; 0 if all ended well, otherwise the exit code that tells."""
-    if not _jobs:
+    """Print a table of the sweep's jobs, if there was one; the exit code."""
+    global current
+    if current is None:
         return 0
+    folder, records, code = current.folder, current.records(), current.exit_code
+    current.close()
+    current = None
     table = Table(title="sweep", title_justify="left")
     for column in ("job", "overrides", "status", "steps", "val/loss", "total s", "run"):
         table.add_column(column, overflow="fold")
-    for job in _jobs:
-        result = read_result(Path(job["run_dir"]))
-        status = result.get("status") or ("bad input" if job["exit_code"] == 2 else f"exit code {job['exit_code']}")
-        loss = result.get("val_loss")
-        table.add_row(
-            str(job["job"]),
-            " ".join(job["varied"]),
-            status,
-            str(result.get("steps", "")),
-            "" if loss is None else f"{loss:.4f}",
-            str(job["seconds"]),
-            job["run_dir"] if Path(job["run_dir"]).exists() else "none",
-        )
-    show(table)
-    for job in _jobs:
-        if job["error"]:
-            print(f"job {job['job']}: {job['error'].splitlines()[0]}", flush=True)
-    codes = [job["exit_code"] for job in _jobs]
-    if codes[-1] in INTERRUPTED:
-        return codes[-1]
-    return 1 if any(codes) else 0
+    for record in records:
+        table.add_row(*row_of(record, folder))
+    if records:
+        show(table)
+    for record in records:
+        if record["error"]:
+            print(f"job {record['job']}: {record['error'].splitlines()[0]}", flush=True)
+    with contextlib.suppress(FileNotFoundError):
+        best = yaml.safe_load((folder / "best.yaml").read_text())
+        print(f"best: job {best['job']}, {best['metric']} {best['value']:.4f}: {' '.join(best['varied'])}", flush=True)
+    if code in INTERRUPTED:
+        print(f"go on with the same command and run_dir={folder} resume=auto", flush=True)
+    return code
+
+
+def row_of(record: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    run_dir = folder / Path(record["run_dir"]).name  # the sweep may have been moved
+    result = read_result(run_dir)
+    status = result.get("status") or ("bad input" if record["exit_code"] == 2 else f"exit code {record['exit_code']}")
+    loss = result.get("val_loss")
+    return (
+        str(record["job"]),
+        " ".join(record["varied"]),
+        status,
+        str(result.get("steps", "")),
+        "" if loss is None else f"{loss:.4f}",
+        str(record["seconds"]),
+        str(run_dir) if run_dir.exists() else "none",
+    )
 
 
 def read_result(folder: Path) -> dict[str, Any]:

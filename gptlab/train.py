@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from gptlab import assembly, checkpoint, checks, config, doors, ranks, sweep
+from gptlab import assembly, checkpoint, checks, config, doors, jobs, ranks
 from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
@@ -57,7 +57,7 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     if not ranks.is_first():  # the folder is the first one's
         code = run(cfg, folder, overridden, resumes=found is not None, ckpt_path=ckpt_path)
         # Lightning's first process would take a follower that ends as asked for one that has failed.
-        return 0 if leader is not None and code in sweep.INTERRUPTED else code
+        return 0 if leader is not None and code in jobs.INTERRUPTED else code
     folder.acquire(resume=found is not None)
     exit_code = None
     try:

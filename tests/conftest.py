@@ -100,3 +100,33 @@ def door(*arguments: str, cwd: Path | None = None, timeout: float = 120, **env: 
         env=os.environ | env,
         check=False,
     )
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list[str]], int]]:
+    """`composed(*arguments)` gives the commands of a sweep's jobs, and its exit code, without running the jobs.
+
+    What a job comes to is the next of `codes`, or what `ends(job)` returns, which may leave a result as a job would.
+    """
+    import gptlab.train
+    from gptlab.jobs import Job, Runner
+
+    def run(
+        *arguments: str, codes: tuple[int, ...] = (), ends: Callable[[Job], int] | None = None
+    ) -> tuple[list[list[str]], int]:
+        commands: list[list[str]] = []
+        left = list(codes)
+
+        def exit_code_of(self: Runner, job: Job, said: list[str]) -> int:
+            commands.append(job.command[3:])
+            if ends is not None:
+                return ends(job)
+            return left.pop(0) if left else 0
+
+        monkeypatch.setattr(Runner, "exit_code_of", exit_code_of)
+        monkeypatch.setattr("sys.argv", ["train.py", "-m", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            gptlab.train.main()
+        return commands, exit_.value.code
+
+    return run

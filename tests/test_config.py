@@ -11,7 +11,7 @@ from conftest import REPOSITORY, compose, door
 
 from gptlab import checks, config, manual
 
-GROUPS = sorted(path.name for path in (REPOSITORY / "conf").iterdir() if path.is_dir())
+GROUPS = config.groups()[:-1]
 WORDS = [(group, path.stem) for group in GROUPS for path in sorted((REPOSITORY / "conf" / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.yaml"))
 
@@ -126,6 +126,7 @@ def test_help_marks_the_default_word_of_each_group():
     marked = re.findall(r"^  (\w+) \(the default\)", manual.manual("train"), re.MULTILINE)
     root = yaml.safe_load((REPOSITORY / "conf/train.yaml").read_text())["defaults"]
     defaults = {group: word for entry in root if isinstance(entry, dict) for group, word in entry.items()}
+    defaults |= dict.fromkeys(manual.SWEEPS, "basic")
     assert marked == [defaults[group] for group in manual.SHOWN["train"] if isinstance(defaults[group], str)]
 
 
@@ -144,16 +145,17 @@ def test_version_and_help_as_commands(tmp_path):
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
     0: "names signals ranks files machine sharding model cache tokenizer losses optim cost",
-    1: "engine checkpoint run data.corpus data.sources data.tokens data.windows",
+    1: "engine checkpoint run jobs data.corpus data.sources data.tokens data.windows",
     2: "strategies data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
-    3: "manual start config explain assembly checks doors outcome inherit given resume sweep train prepare __main__",
+    3: "manual start config explain assembly checks doors outcome inherit given resume sweep launchers study "
+    "train prepare __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
     1: {"torch", "numpy", "filelock", "pooch"},
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
-    3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard"},
+    3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

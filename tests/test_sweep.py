@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, door
+from filelock import FileLock
 
-from gptlab import sweep
+from gptlab import jobs, sweep
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -85,43 +86,16 @@ def test_signal_ends_the_job_that_runs_and_starts_no_other(text_file, tmp_path, 
     assert results(swept) == {run.name: "completed"}
 
 
-@pytest.fixture
-def composed(monkeypatch, capfd):
-    """`composed(*arguments)` gives the commands that a sweep would run, without running them."""
-    import gptlab.train
-
-    def run(*arguments: str, codes: tuple[int, ...] = ()) -> tuple[list[list[str]], int]:
-        commands: list[list[str]] = []
-        left = list(codes)
-
-        class Job:
-            def __init__(self, command, **_):
-                commands.append(command[3:])
-                self.stderr = []
-
-            def poll(self):
-                return left.pop(0) if left else 0
-
-        monkeypatch.setattr(sweep, "_jobs", [])
-        monkeypatch.setattr(sweep.subprocess, "Popen", Job)
-        monkeypatch.setattr("sys.argv", ["train.py", "-m", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            gptlab.train.main()
-        return commands, exit_.value.code
-
-    return run
-
-
 def test_glob_of_experiments_makes_a_job_of_each(composed, tmp_path):
     folder = tmp_path / "experiments"
     folder.mkdir()
     for name in ("aa_one", "aa_two"):
         (folder / f"{name}.yaml").write_text("# @package _global_\nseed: 7\n")
-    commands, code = composed("experiments=glob(aa_*)")
+    commands, code = composed("experiments=glob(aa_*)", f"run_dir={tmp_path}/a")
     assert code == 0
     assert [command[0] for command in commands] == ["experiments=aa_one", "experiments=aa_two"]
     assert all(command[-1].startswith("run_dir=") for command in commands)
-    commands, _ = composed("experiments=glob(*)")
+    commands, _ = composed("experiments=glob(*)", f"run_dir={tmp_path}/b")
     assert {"experiments=aa_one", "experiments=aa_two"} <= {command[0] for command in commands}
 
 
@@ -146,6 +120,87 @@ def test_exit_code_of_a_sweep_tells_the_worst(composed, tmp_path):
     assert [json.loads(job)["exit_code"] for job in jobs] == [0, 143]
 
 
+def history(run: Path) -> dict:
+    """What a run came to, without what a clock or a place has to do with."""
+    result = json.loads((run / "result.json").read_text())
+    rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in result["history"]]
+    return {key: result[key] for key in ("status", "steps", "val_loss", "best_val_loss", "best_step")} | {"rows": rows}
+
+
+def test_killed_sweep_goes_on_where_it_was_and_equals_one_that_was_not(text_file, tmp_path):
+    steps = ("trainer.max_steps=200", "log.every_steps=50", "validation.every_steps=50", "checkpoint.every_steps=20")
+    options = ("-m", *SMALL, *steps, f"data.files={text_file}", "seed=1,2,3")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert door("train", *options, f"run_dir={whole}").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptlab.train", *options, f"run_dir={broken}"],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (broken / "1_seed-2/checkpoints/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = (broken / "0_seed-1/result.json").read_bytes()
+    again = door("train", *options, f"run_dir={broken}", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "job 0: seed=1: done before" in again.stdout
+    assert "continuing from" in again.stdout
+    assert (broken / "0_seed-1/result.json").read_bytes() == first
+    names = ["0_seed-1", "1_seed-2", "2_seed-3"]
+    assert sorted(path.name for path in broken.iterdir() if path.is_dir()) == names
+    assert [history(broken / name) for name in names] == [history(whole / name) for name in names]
+    assert [(number, job["exit_code"]) for number, job in jobs.records(broken).items()] == [(0, 0), (1, 0), (2, 0)]
+    assert len((broken / "sweep.jsonl").read_text().splitlines()) == 3
+    table = again.stdout[again.stdout.rindex("val/loss") :]
+    assert [name for name in names if name in table] == names
+
+
+def test_what_a_sweep_is_told_of_its_folder(composed, tmp_path, capfd):
+    def refused(*arguments: str) -> str:
+        commands, code = composed("seed=1,2", *arguments)
+        assert (commands, code) == ([], 2)
+        return capfd.readouterr().err
+
+    swept = tmp_path / "swept"
+    assert composed("seed=1,2", f"run_dir={swept}")[1] == 0
+    message = refused(f"run_dir={swept}")
+    assert "resume=auto" in message
+    assert "choose another" in message
+    assert "run_dir=<its folder>" in refused("resume=auto")
+    assert "resume=auto with run_dir=<its folder>" in refused("resume=runs/a", f"run_dir={swept}")
+    assert "takes one value" in refused("resume=auto,runs/a", f"run_dir={swept}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    assert "holds no sweep" in refused("resume=auto", f"run_dir={tmp_path}/other")
+    with FileLock(swept / ".lock"):
+        assert "in use" in refused("resume=auto", f"run_dir={swept}")
+
+
+def finished(job: jobs.Job) -> int:
+    Path(job.run_dir).mkdir(exist_ok=True)
+    (Path(job.run_dir) / "result.json").write_text('{"status": "completed", "val_loss": 1.0, "steps": 3}')
+    return 0
+
+
+def test_only_what_is_not_done_runs_again(composed, tmp_path):
+    """What failed is tried again, what is missing is run, and what now differs in a value too."""
+    place = (f"run_dir={tmp_path}/swept", "resume=auto")
+
+    def ran(*arguments: str, ends=finished) -> list[str]:
+        return [command[-2].rpartition("/")[2].strip("'") for command in composed(*arguments, *place, ends=ends)[0]]
+
+    assert ran("seed=1,2", ends=lambda job: 1 if "seed=1" in job.varied else finished(job)) == ["0_seed-1", "1_seed-2"]
+    assert ran("seed=1,2") == ["0_seed-1"]
+    assert ran("seed=1,2") == []
+    assert ran("seed=1,2,3") == ["2_seed-3"]
+    assert ran("seed=1,2,3", "trainer.max_steps=9") == ["0_seed-1", "1_seed-2", "2_seed-3"]
+    (tmp_path / "swept/1_seed-2/result.json").unlink()
+    assert ran("seed=1,2,3", "trainer.max_steps=9") == ["1_seed-2"]
+
+
 def test_wrong_word_in_a_sweep_is_bad_input(composed, tmp_path, capfd):
     commands, code = composed("model=tiny,tinny", f"run_dir={tmp_path}/swept")
     message = capfd.readouterr().err
@@ -162,9 +217,9 @@ def test_what_a_job_writes_to_standard_error_may_be_any_bytes(tmp_path):
         [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1
     )
     said: list[str] = []
-    sweep.repeat(process.stderr, said)
+    jobs.repeat(process.stderr, sys.stderr, "", said)
     assert process.wait(timeout=20) == 0
-    assert sweep.error_in(said) == "the end"
+    assert jobs.error_in(said) == "the end"
 
 
 def test_what_varies_is_what_has_several_values():
@@ -185,7 +240,7 @@ def test_what_varies_is_what_has_several_values():
         "experiments=glob(*)",
         "+x=choice(1,2)",
     )
-    assert sweep.swept_keys([*fixed, *varied]) == {override.split("=")[0] for override in varied}
+    assert sweep.swept_keys([*fixed, *varied]) == {override.split("=")[0].strip("+") for override in varied}
 
 
 def test_names_of_jobs_differ_and_are_good_file_names():

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gptlab.callbacks.steps import StepCallback
 from gptlab.checkpoint import OWN_KEY
-from gptlab.sharding import local, share, whole
+from gptlab.sharding import local, row_orders, share, whole
 
 
 class MovingAverage(StepCallback):
@@ -63,9 +63,10 @@ class MovingAverage(StepCallback):
         self._kept, self.in_use = [weight.detach().clone() for weight in self._weights], False
         trained, self._trained = self._trained, None
         if trained is not None:
+            orders = row_orders(task)
             for name, place in self._places.items():
                 weight = self._weights[place]
-                weight.copy_(share(trained[name].to(weight.device), weight))
+                weight.copy_(share(trained[name].to(weight.device), weight, orders.get(weight)))
 
     @torch.no_grad()
     def on_step_end(self, trainer: Trainer, task: LightningModule, step: int) -> None:
@@ -106,8 +107,11 @@ class MovingAverage(StepCallback):
         """Put both into the file, and say what `state_dict` is. Lightning's `weights_only=True` passes this over."""
         if self._kept:
             present = state["state_dict"]
-            # Of a split network they are put together by all ranks, on the CPU.
-            kept = [tensor if local(tensor) is tensor else whole(tensor).cpu() for tensor in self._kept]
+            orders = row_orders(task)  # of a network that is split; its parts are put together by all ranks, on the CPU
+            kept = [
+                tensor if local(tensor) is tensor else whole(tensor, orders.get(weight)).cpu()
+                for weight, tensor in zip(self._weights, self._kept, strict=True)
+            ]
             other = present | {name: kept[place] for name, place in self._places.items() if name in present}
             state["state_dict"], state["current_model_state"] = (present, other) if self.in_use else (other, present)
         if self._kept or self.in_use:
