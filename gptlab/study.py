@@ -18,10 +18,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import jobs
-from gptlab.checkpoint import write_atomically
 from gptlab.checks import check_targets, misfits
 from gptlab.config import plain
 from gptlab.explain import nearest
+from gptlab.files import write_atomically
 from gptlab.given import strip_key
 from gptlab.jobs import INTERRUPTED
 from gptlab.launchers import Basic, needed

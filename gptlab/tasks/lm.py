@@ -111,10 +111,11 @@ class LMTask(LightningModule):
         over the tokens that did. All is one multiplication, so fused optimizers and bf16 need no special care.
         """
         gradients = [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
-        strategy = self.trainer.strategy
         square = norm_square(self.model.parameters(), self.trainer.world_size)
-        sums = strategy.reduce(torch.cat((self.step_sums, self.requests, square)), reduce_op="sum")
-        nll_and_tokens = sums[:2] / getattr(strategy, "tensor_ranks", 1)  # which count the same tokens
+        sums = torch.cat((self.step_sums, self.requests, square))
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)  # the strategy's own `reduce` would wait at a barrier first
+        nll_and_tokens = sums[:2] * data_rank(self.trainer)[1] / self.trainer.world_size  # some count the same tokens
         self.requested = sums[2:-1]
         self.step_sums.zero_()
         scale = self.tokens_a_step / nll_and_tokens[1].clamp(min=1)

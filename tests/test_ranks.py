@@ -1,0 +1,330 @@
+"""Several processes train the run that one would: the same windows, losses and files, whoever splits what."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, door, prose
+from test_resume import assert_same_run, interrupted_at, weights
+
+from gptlab import ranks
+
+STEPS = 12
+ALONE = tuple(word for word in SMALL if not word.startswith(("trainer=", "data.batch_size")))
+RUN = (
+    *(*ALONE, "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", "optimizer=adamw", "task=ragged"),
+    *("validation.every_steps=5", "samples.every_steps=6", "samples.max_tokens=10", "checkpoint.every_steps=1"),
+    "checkpoint.keep_last=100",
+)
+ONE = ("trainer=cpu", "data.batch_size=8")
+HALVES = ("trainer.devices=2", "data.batch_size=4")
+KINDS = {
+    "accumulated": ("trainer=cpu", "data.batch_size=4", "trainer.accumulate_grad_batches=2"),
+    "ddp": ("trainer=ddp", *HALVES),
+    "fsdp": ("trainer=fsdp", *HALVES),
+    "tp": ("trainer=tp", "trainer.devices=2", "data.batch_size=8"),
+}
+PARTS = '''
+import os, signal
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from gptlab.tasks.lm import LMTask
+
+
+class Ragged(LMTask):
+    """Counts a third of the tokens or so, and of some rows none: what ranks have to count differs."""
+
+    def training_step(self, batch, batch_idx):
+        row = batch["tokens"].sum(dim=1, keepdim=True)
+        keep = ((batch["tokens"] * 7 + row) % 3 == 0) & (row % 5 != 0)
+        return super().training_step(batch | {"loss_mask": batch["loss_mask"] & keep}, batch_idx)
+
+
+class Fault(Callback):
+    """Sends `signum` to one rank after a step, once."""
+
+    def __init__(self, rank, step, signum):
+        self.rank, self.step, self.signum = rank, step, signum
+
+    def on_train_batch_end(self, trainer, task, *_):
+        marker = Path("fault-was-here")
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step) and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), self.signum)
+
+
+class Collectives(Callback):
+    """Writes down what this rank asks of torch.distributed at each step; what runs in DDP's own C++ is not seen."""
+
+    NAMES = ("all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "broadcast_object_list", "reduce")
+
+    def on_train_start(self, trainer, task):
+        self.calls = []
+        for name in self.NAMES:
+            real = getattr(torch.distributed, name)
+            setattr(torch.distributed, name, self.counted(name, real))
+
+    def counted(self, name, real):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    def on_train_batch_start(self, trainer, task, *_):
+        if trainer.is_global_zero and trainer.global_step:
+            with open("collectives", "a") as file:
+                print(trainer.global_step, *self.calls, file=file)
+        self.calls = []
+'''
+
+
+def lay_out(folder: Path) -> Path:
+    """A folder to train in, with text and parts of its own."""
+    (folder / "conf/task").mkdir(parents=True)
+    (folder / "conf/task/ragged.yaml").write_text("# Ragged\n_target_: experiments.parts.Ragged\n_partial_: true\n")
+    (folder / "experiments").mkdir()
+    (folder / "experiments/parts.py").write_text(PARTS)
+    (folder / "text.txt").write_text(prose(800))
+    return folder
+
+
+def run(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess:
+    return door("train", f"data.files={folder / 'text.txt'}", *RUN, *overrides, f"run_dir={folder / name}", cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of one process in `one`."""
+    folder = lay_out(tmp_path_factory.mktemp("ranks"))
+    done = run(folder, "one", *ONE)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def figures(path: Path) -> list[dict[str, str]]:
+    with open(path / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """The same run but for the order in which numbers are added up."""
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    a, b = figures(one), figures(other)
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for left, right in zip(a, b, strict=True):
+        for key in ("train/loss", "train/gradient_norm", "val/loss", "val/bits_per_byte", "val/accuracy"):
+            assert (left[key] == "") == (right[key] == ""), (left["step"], key)
+            if left[key]:
+                assert float(left[key]) == pytest.approx(float(right[key]), rel=1e-5), (left["step"], key)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=1e-4, atol=2e-6, msg=name)
+    results = [json.loads((path / "result.json").read_text()) for path in (one, other)]
+    for key in ("steps", "epochs", "train_tokens", "params", "best_step"):
+        assert results[0][key] == results[1][key], key
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ranks_and_micro_batches_make_the_same_run(whole, kind):
+    done = run(whole, kind, *KINDS[kind])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert_close(whole / "one", whole / kind)
+    # What one process writes, another can use without the others.
+    state = torch.load(whole / kind / "checkpoints/last.ckpt", weights_only=True)
+    alone = torch.load(whole / "one/checkpoints/last.ckpt", weights_only=True)
+    shapes = [
+        {
+            (index, name): tuple(value.shape)
+            for index, entry in of["optimizer_states"][0]["state"].items()
+            for name, value in entry.items()
+        }
+        for of in (state, alone)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_muon_is_the_same_on_several_ranks(whole, kind):
+    if not (whole / "muon").exists():
+        assert run(whole, "muon", *ONE, "optimizer=muon").returncode == 0
+    assert run(whole, f"muon-{kind}", *KINDS[kind], "optimizer=muon").returncode == 0
+    for left, right in zip(figures(whole / "muon"), figures(whole / f"muon-{kind}"), strict=True):
+        assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), rel=1e-4)  # it divides by norms
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("one", "ddp"),
+        pytest.param("ddp", "one", marks=pytest.mark.slow),
+        pytest.param("fsdp", "one", marks=pytest.mark.slow),
+        pytest.param("tp", "fsdp", marks=pytest.mark.slow),
+        pytest.param("one", "tp", marks=pytest.mark.slow),
+        pytest.param("accumulated", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(whole, tmp_path, then, now):
+    """From a step inside the epoch, to windows and figures that are the uninterrupted run's."""
+    if not (whole / then).exists():
+        assert run(whole, then, *KINDS[then]).returncode == 0
+    part = interrupted_at(whole / then, 7, tmp_path / "part")
+    where = [word for word in {"one": ONE, **KINDS}[now] if word.startswith(("trainer=", "trainer.devices"))]
+    done = door("train", f"resume={part}", "trainer.accelerator=cpu", *where, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    assert_close(whole / "one", part)
+
+
+def test_ranks_that_cannot_share_a_step_are_refused(whole, tmp_path):
+    part = interrupted_at(whole / "one", 7, tmp_path / "part")
+    done = door("train", f"resume={part}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=3", cwd=whole)
+    assert done.returncode == 2
+    assert "a step of this run has 8 windows, which 3 ranks cannot share" in done.stderr
+
+
+FAULT = "+callbacks.fault._target_=experiments.parts.Fault"
+
+
+def fault(rank: int, signum: int) -> tuple[str, ...]:
+    return (FAULT, f"+callbacks.fault.rank={rank}", "+callbacks.fault.step=6", f"+callbacks.fault.signum={signum}")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the uninterrupted run of two ranks in `whole`, with dropout, which draws from each rank's own."""
+    folder = lay_out(tmp_path_factory.mktemp("two"))
+    done = run(folder, "whole", *KINDS["ddp"], "model.dropout=0.3")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def processes_in(folder: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            pass
+    return [pid for pid in found if pid != str(os.getpid())]
+
+
+@pytest.mark.parametrize(
+    ("rank", "signum", "code"),
+    [
+        (1, 15, 143),
+        (1, 9, 1),
+        pytest.param(0, 9, -9, marks=pytest.mark.slow),
+        pytest.param(0, 2, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_what_befalls_one_rank_ends_all_and_the_run_goes_on_exactly(on_two_ranks, tmp_path, rank, signum, code):
+    """A request to end reaches every rank at one step; a rank that is lost ends the others within a minute."""
+    folder = on_two_ranks
+    (folder / "fault-was-here").unlink(missing_ok=True)
+    part = tmp_path / "part"
+    done = run(folder, str(part), *KINDS["ddp"], "model.dropout=0.3", *fault(rank, signum))
+    assert done.returncode == code, done.stderr
+    if signum == 9:
+        assert "go on with resume=<run folder>" in done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        assert json.loads((part / "status.json").read_text())["status"] == "interrupted"
+        assert json.loads((part / "status.json").read_text())["step"] in (6, 7)
+    deadline = 60
+    while processes_in(part) and deadline:
+        time.sleep(1)
+        deadline -= 1
+    assert processes_in(part) == []
+    again = door("train", f"resume={part}", "seed=77", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(folder / "whole", part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--standalone",)])
+def test_torchrun_starts_a_run_and_starts_it_again(on_two_ranks, tmp_path, how):
+    folder = on_two_ranks
+    (folder / "fault-was-here").unlink(missing_ok=True)
+    part = tmp_path / "part"
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc-per-node=2", "--max-restarts=1"]
+    options = (*RUN, "trainer=ddp", "data.batch_size=4", "model.dropout=0.3", *fault(1, 9), "resume=auto")
+    command += ["-m", "gptlab.train", f"data.files={folder / 'text.txt'}", *options, f"run_dir={part}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stdout
+    assert (folder / "fault-was-here").exists()
+    assert_same_run(folder / "whole", part)
+
+
+def test_processes_started_outside_must_be_told_the_folder(tmp_path, text_file):
+    outside = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    done = door("train", f"data.files={text_file}", *ALONE, "trainer=ddp", **outside)
+    assert done.returncode == 2
+    assert "give run_dir=<folder>" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_step_of_two_ranks_has_one_collective_besides_the_strategys_own(whole):
+    counting = "+callbacks.count._target_=experiments.parts.Collectives"
+    assert run(whole, "counted", *KINDS["ddp"], counting, "checkpoint.every_steps=null").returncode == 0
+    counts = dict(line.split(maxsplit=1) for line in (whole / "collectives").read_text().splitlines())
+    quiet = {step: calls for step, calls in counts.items() if step not in ("5", "10", "12")}  # no validation there
+    assert set(quiet) >= {"2", "3", "4", "6", "7", "8", "9", "11"}
+    assert set(quiet.values()) == {"all_reduce"}
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_on_two_ranks_has_one_folder_a_job(whole, tmp_path):
+    sweep = tmp_path / "sweep"
+    options = (f"data.files={whole / 'text.txt'}", *RUN, *KINDS["ddp"], f"run_dir={sweep}")
+    done = door("train", "-m", "seed=1,2", *options, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0_seed-1", "1_seed-2"]
+    assert not (whole / "runs").exists()
+    assert_close(whole / "one", sweep / "0_seed-1")
+
+
+@pytest.mark.slow
+def test_the_averages_of_a_split_network_are_those_of_one_process(whole):
+    averaged = ("callbacks=ema", "callbacks.ema.decay=0.8")
+    assert run(whole, "ema", *ONE, *averaged).returncode == 0
+    for kind in ("fsdp", "tp"):
+        done = run(whole, f"ema-{kind}", *KINDS[kind], *averaged)
+        assert done.returncode == 0, done.stderr
+        assert_close(whole / "ema", whole / f"ema-{kind}")
+        states = [
+            torch.load(whole / name / "checkpoints/last.ckpt", weights_only=True) for name in ("ema", f"ema-{kind}")
+        ]
+        for name, tensor in states[0]["current_model_state"].items():
+            torch.testing.assert_close(tensor, states[1]["current_model_state"][name], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_the_first_process_is_known_from_its_environment(monkeypatch, variables, first):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.is_first() == first
