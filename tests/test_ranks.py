@@ -268,6 +268,26 @@ def test_torchrun_starts_a_run_and_starts_it_again(on_two_ranks, tmp_path, how):
     assert_same_run(folder / "whole", part)
 
 
+@pytest.mark.slow
+def test_tasks_of_slurm_are_ranks_and_its_signal_saves(on_two_ranks, tmp_path):
+    """As srun starts two tasks on one node, and as `--signal=USR1@90` tells them all that the time is nearly up."""
+    folder, part = on_two_ranks, tmp_path / "part"
+    (folder / "fault-was-here").unlink(missing_ok=True)
+    options = (f"data.files={folder / 'text.txt'}", *RUN, *KINDS["ddp"], "model.dropout=0.3", f"run_dir={part}")
+    tasks = []
+    for rank in range(2):
+        slurm = {"JOB_ID": "29752", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1"}
+        slurm |= {"NODEID": "0", "NODELIST": "127.0.0.1", "PROCID": str(rank), "LOCALID": str(rank)}
+        env = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
+        words = [sys.executable, "-m", "gptlab.train", *options, *fault(rank=1, signum=10), "resume=auto"]
+        tasks.append(subprocess.Popen(words, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [143, 143], errors
+    assert json.loads((part / "status.json").read_text())["status"] == "interrupted"
+    assert door("train", f"resume={part}", cwd=folder).returncode == 0
+    assert_same_run(folder / "whole", part)
+
+
 def test_processes_started_outside_must_be_told_the_folder(tmp_path, text_file):
     outside = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     done = door("train", f"data.files={text_file}", *ALONE, "trainer=ddp", **outside)
