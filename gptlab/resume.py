@@ -141,6 +141,15 @@ def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(leaves[0].get(key) == leaves[1].get(key) for key in keys)
 
 
+def is_run_of(run: RunFolder, cfg: dict[str, Any]) -> bool:
+    """Whether a run is one of this config; one that cannot be read is passed over, and said."""
+    try:
+        return same_run(saved_config(run), cfg)
+    except ValueError as error:
+        log.warning("passed over: %s", error)
+        return False
+
+
 def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
     """The folder and checkpoint that `resume` means; None for `auto` where there is no such run yet."""
     if cfg["resume"] != "auto":
@@ -167,7 +176,7 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
             )
     else:
         candidates = (run for run in unfinished_runs(Path("runs")) if run.config.is_file())
-        found = next((run for run in candidates if same_run(saved_config(run), cfg)), None)
+        found = next((run for run in candidates if is_run_of(run, cfg)), None)
         if found is None:
             return None
         folder = found

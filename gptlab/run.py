@@ -1,6 +1,7 @@
 """The run folder: its paths, its one owner, and the small JSON files that tell how the run stands."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -40,7 +41,8 @@ def process_is_alive(pid: int) -> bool:
 # All that a run leaves which failed before it began.
 NOT_BEGUN = {".lock", "checkpoints", "config.yaml", "result.json", "status.json", "train.log"}
 LEFTOVER = re.compile(r"\..*\.tmp\.\d+$")  # of a killed writer
-TAIL_STEPS = 20  # logged steps that a checkpoint keeps of the files beside it
+TAIL_STEPS = 20  # logged steps that a checkpoint keeps of the files beside it,
+TAIL_BYTES = 2**16  # from as much of their ends
 
 
 class RunFolder:
@@ -148,9 +150,12 @@ class RunFolder:
         tails = {}
         for path, step_of in self._records:
             if path.exists():
-                sync(path)
-                lines, _ = readable(path, step_of)
-                steps = sorted({step for step, _ in lines if step >= 0})[-TAIL_STEPS:]
+                sync(path)  # a power cut must not leave the checkpoint alone
+                lines, _ = readable(last_bytes(path), step_of)
+                steps = sorted({step for step, _ in lines if step >= 0})
+                if path.stat().st_size > TAIL_BYTES:
+                    steps = steps[2:]  # that of the first line, and one whose first lines may be missing
+                steps = steps[-TAIL_STEPS:]
                 tails[path.name] = [line for step, line in lines if step < 0 or step in steps]
         return tails
 
@@ -160,7 +165,7 @@ class RunFolder:
             tail = [(step_of(line), line) for line in tails.get(path.name, [])]
             if not path.exists() and not tail:
                 continue
-            lines, damaged = readable(path, step_of) if path.exists() else ([], [])
+            lines, damaged = readable(path.read_bytes(), step_of) if path.exists() else ([], [])
             if damaged:
                 log.warning("%s: line %s damaged; mended as far as the checkpoint knows it", path, ", ".join(damaged))
             header = [line for at, line in (*lines, *tail) if at < 0][:1]
@@ -186,20 +191,31 @@ def by_step(lines: list[tuple[int, str]]) -> dict[int, list[str]]:
     return found
 
 
-def readable(path: Path, step_of: Callable[[str], int]) -> tuple[list[tuple[int, str]], list[str]]:
+def last_bytes(path: Path) -> bytes:
+    """The first line of a file and its last lines, however long it has grown: saving must not take longer for that."""
+    with open(path, "rb") as file:
+        first, size = file.readline(), path.stat().st_size
+        if size <= TAIL_BYTES:
+            return first + file.read()
+        file.seek(size - TAIL_BYTES)
+        file.readline()  # the end of a line
+        return first + file.read()
+
+
+def readable(content: bytes, step_of: Callable[[str], int]) -> tuple[list[tuple[int, str]], list[str]]:
     """The lines of a file with their steps, and the numbers of lines that are damaged or unfinished.
 
     Only LF ends a line: text may hold U+2028.
     """
     lines, damaged = [], []
-    with open(path, newline="\n", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if not line.endswith("\n") or "\0" in line:
-                    raise ValueError
-                lines.append((step_of(line), line))
-            except (ValueError, KeyError, TypeError):
-                damaged.append(str(number))
+    for number, raw in enumerate(io.BytesIO(content), start=1):
+        try:
+            line = raw.decode()
+            if not line.endswith("\n") or "\0" in line:
+                raise ValueError
+            lines.append((step_of(line), line))
+        except (ValueError, KeyError, TypeError):
+            damaged.append(str(number))
     return lines, damaged
 
 

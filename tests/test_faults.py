@@ -352,6 +352,33 @@ def test_a_run_whose_status_is_damaged_is_found_by_resume_auto(train, tmp_path, 
     assert "at step 6" in said
 
 
+def test_resume_auto_passes_over_a_run_that_cannot_be_read_and_says_so(train, tmp_path, monkeypatch, handlers, capsys):
+    part = stopped_at_6(train, tmp_path / "runs/2026-01-01/00-00-00-test", monkeypatch)
+    newer = shutil.copytree(part, part.with_name("00-00-01-test"))
+    shutil.rmtree(newer / "checkpoints")
+    (newer / "config.yaml").write_text("a: [")
+    (newer / "status.json").touch()
+    assert train(part, *RUN, "resume=auto") == 0
+    said = capsys.readouterr().out
+    assert f"passed over: {newer / 'config.yaml'}: damaged" in said
+    assert f"continuing from {part}" in said
+
+
+def test_what_a_checkpoint_keeps_of_long_files_stays_small_and_whole(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [f"{step},{'x' * 90}\n" for step in range(1, 5001)]
+    folder.metrics.write_text("step,words\n" + "".join(rows))
+    samples = [json.dumps({"step": step, "text": "y" * 30_000}) + "\n" for step in (1, 1, 2, 2, 3, 3, 4)]
+    folder.samples.write_text("".join(samples))
+    tails = folder.tails()
+    assert tails["metrics.csv"] == ["step,words\n", *rows[-20:]]
+    assert tails["samples.jsonl"] in ([], samples[-1:])
+    folder.metrics.write_text("step,words\n" + "".join(rows[:-3]) + rows[-3][:40])
+    folder.truncate_after(5000, tails)
+    assert folder.metrics.read_text() == "step,words\n" + "".join(rows)
+    assert folder.samples.read_text() == "".join(samples)
+
+
 def test_a_config_that_has_changed_since_is_refused_with_both_values(train, tmp_path, monkeypatch, handlers, capsys):
     part = stopped_at_6(train, tmp_path / "part", monkeypatch)
     text = (part / "config.yaml").read_text()
