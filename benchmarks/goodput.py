@@ -24,6 +24,8 @@ def goodput(minutes: float, every_s: float, overrides: list[str], folder: Path) 
             session.wait()
             killed += 1
     elapsed = time.monotonic() - start
+    if not (run / "checkpoints/last.ckpt").exists():
+        raise RuntimeError(f"no checkpoint within {every_s:g} s of a start: kill less often")
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     useful, step = state["callbacks"]["Budget"]["seconds"], state["global_step"]
     print(f"{killed} kills, one every {every_s:g} s, in {elapsed:.0f} s: {step:,} steps stayed")

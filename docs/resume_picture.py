@@ -5,6 +5,7 @@ network, data and optimizer, dropout on. Trains for two minutes or so. Needs mat
 """
 
 import csv
+import json
 import logging
 import signal
 import subprocess
@@ -33,7 +34,7 @@ LAYERS, HEADS, WIDTH, BLOCK, BATCH, DROPOUT, LR = 2, 2, 64, 64, 16, 0.2, 1e-3
 Curve = dict[int, float]  # the loss of each step; a step that was taken twice has that of the second time
 
 
-def by_gptlab(run: Path, end: int | None) -> Curve:
+def by_gptlab(run: Path, end: int | None) -> tuple[int | None, Curve]:
     options = f"data=pydocs tokenizer=byte model=tiny model.n_layer={LAYERS} model.n_head={HEADS} model.n_embd={WIDTH}"
     options += f" model.block_size={BLOCK} model.dropout={DROPOUT} data.batch_size={BATCH} trainer.max_steps={STEPS}"
     options += f" optimizer=adamw optimizer.lr={LR} schedule=constant schedule.warmup_steps=0 compile=false"
@@ -44,12 +45,13 @@ def by_gptlab(run: Path, end: int | None) -> Curve:
         while first.poll() is None and steps_of(run) < end:
             time.sleep(0.002)
         first.send_signal(signal.SIGTERM)
-    assert first.wait() in (0, 143)
+    assert first.wait() == (0 if end is None else 143)
     if end is not None:
+        end = json.loads((run / "status.json").read_text())["step"]
         again = [sys.executable, "-m", "gptlab.train", f"resume={run}", f"seed={end}"]
         subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     with open(run / "metrics.csv", newline="") as file:
-        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+        return end, {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
 
 
 def steps_of(run: Path) -> int:
@@ -78,7 +80,7 @@ class PlainTask(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=LR)
 
 
-def by_lightning(run: Path, end: int | None) -> Curve:
+def by_lightning(run: Path, end: int | None) -> tuple[int | None, Curve]:
     prepared = prepare(PyDocs(), ByteTokenizer(), validation_fraction=0.1, cache=cache_dir())
     windows = WindowDataset(prepared.train, BLOCK, BLOCK // 2)
     curve: Curve = {}
@@ -99,25 +101,26 @@ def by_lightning(run: Path, end: int | None) -> Curve:
             trainer.fit(task, batches, ckpt_path=run / "last.ckpt" if session else None)
         except SystemExit:  # what Lightning makes of Ctrl-C
             continue
-    return curve
+    return end, curve
 
 
 def draw(target: Path, columns: dict[str, dict[int | None, Curve]]) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 5.2), sharex=True, sharey="row", height_ratios=(1.6, 1))
-    colours = dict(zip((None, *ENDS), ("#222222", "#c0392b", "#2e86c1", "#27ae60"), strict=True))
+    pens = (("#222222", 5), ("#c0392b", 3.4), ("#2e86c1", 2), ("#27ae60", 0.8))  # of four widths, so that all are seen
     for (title, curves), (top, bottom) in zip(columns.items(), axes.T, strict=True):
         alone = curves[None]
-        for width, (end, curve) in zip((5, 3.4, 2, 0.8), curves.items(), strict=True):  # all four are seen
+        for (colour, width), (end, curve) in zip(pens, curves.items(), strict=True):
             name = "uninterrupted" if end is None else f"ended at step {end} and resumed"
-            top.plot(curve.keys(), curve.values(), color=colours[end], linewidth=width, alpha=0.85, label=name)
+            top.plot(curve.keys(), curve.values(), color=colour, linewidth=width, alpha=0.85, label=name)
             if end is None:
                 continue
             gap = {step: loss - alone[step] for step, loss in curve.items()}
-            bottom.plot(gap.keys(), gap.values(), color=colours[end], linewidth=width / 2 + 0.4)
+            bottom.plot(gap.keys(), gap.values(), color=colour, linewidth=width / 2 + 0.4)
             for axis in (top, bottom):
-                axis.axvline(end, color=colours[end], linewidth=0.8, linestyle=":")
+                axis.axvline(end, color=colour, linewidth=0.8, linestyle=":")
         largest = max(abs(loss - alone[step]) for curve in curves.values() for step, loss in curve.items())
         top.set_title(title, fontsize=11)
+        top.legend(frameon=False, fontsize=9)
         bottom.set_title(
             f"largest difference: {largest:.2g}" if largest else "no difference, to the last bit", fontsize=10
         )
@@ -126,7 +129,6 @@ def draw(target: Path, columns: dict[str, dict[int | None, Curve]]) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("train/loss, nats a byte")
     axes[1, 0].set_ylabel("minus uninterrupted")
-    axes[0, 0].legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 
@@ -134,16 +136,19 @@ def draw(target: Path, columns: dict[str, dict[int | None, Curve]]) -> None:
 def main(target: Path) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    makers: dict[str, Callable[[Path, int | None], Curve]] = {"gptlab": by_gptlab, "plain Lightning": by_lightning}
+    makers: dict[str, Callable[[Path, int | None], tuple[int | None, Curve]]] = {
+        "gptlab": by_gptlab,
+        "plain Lightning": by_lightning,
+    }
     with tempfile.TemporaryDirectory() as folder:
         columns = {
-            name: {end: make(Path(folder) / name.split()[0] / str(end), end) for end in (None, *ENDS)}
+            name: dict(make(Path(folder) / name.split()[0] / str(end), end) for end in (None, *ENDS))
             for name, make in makers.items()
         }
     draw(target, columns)
     for name, curves in columns.items():
-        for end in ENDS:
-            gaps = [abs(loss - curves[None][step]) for step, loss in curves[end].items()]
+        for end, curve in curves.items():
+            gaps = [abs(loss - curves[None][step]) for step, loss in curve.items()]
             print(f"{name}, ended at step {end}: largest difference {max(gaps):.3g}, in {len(gaps)} steps")
 
 
