@@ -151,7 +151,7 @@ def test_sigterm_at_any_moment(train, tmp_path, monkeypatch, handlers, uninterru
     assert differences(whole, part) == []
 
 
-@pytest.mark.parametrize("validation", ["null", "3"])
+@pytest.mark.parametrize("validation", [pytest.param("null", marks=SLOW), "3"])
 def test_a_run_that_is_interrupted_at_every_step(train, tmp_path, monkeypatch, handlers, uninterrupted, validation):
     """Each session does one step: what a resume makes of an epoch's end must not show in the resume after it."""
     options = ("trainer.max_steps=6", "data.batch_size=50", f"validation.every_steps={validation}")  # 2 an epoch
@@ -272,7 +272,7 @@ def test_a_run_that_has_stopped_early_stays_so_until_its_patience_is_longer(trai
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads((run / "status.json").read_text())["status"] == "completed"
 
-    assert train(run, f"resume={run}", "callbacks=early_stopping", f"{patience}=4") == 0
+    assert train(run, f"resume={run}", f"+{patience}=4") == 0
     assert saved_step(run) == 10
     assert train(longer, *STOPPING, f"{patience}=4") == 0
     assert differences(longer, run) == []
