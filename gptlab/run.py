@@ -41,6 +41,7 @@ def process_is_alive(pid: int) -> bool:
 # All that a run leaves which failed before it began.
 NOT_BEGUN = {".lock", "checkpoints", "config.yaml", "result.json", "status.json", "train.log"}
 LEFTOVER = re.compile(r"\..*\.tmp\.\d+$")  # of a killed writer
+WORKERS_END_S = 15  # loader processes of a killed run may hold its lock until they notice, within 5 s
 TAIL_STEPS = 20  # logged steps that a checkpoint keeps of the files beside it,
 TAIL_BYTES = 2**16  # from as much of their ends
 
@@ -97,7 +98,7 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock_it()
         except Timeout:
             status = self.status()
             raise ValueError(
@@ -109,6 +110,15 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.path, self.checkpoints):
             sweep_leftovers(folder)
+
+    def _lock_it(self) -> None:
+        """Raises Timeout where a process that lives has the lock."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            if self.status().get("status") == "running":
+                raise
+            self._lock.acquire(timeout=WORKERS_END_S)
 
     def release(self) -> None:
         self._lock.release()
