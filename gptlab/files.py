@@ -21,7 +21,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """
     with _complete(path, write) as temporary:
         os.replace(temporary, path)
-        sync_folder(path.parent)  # the new name survives a power cut too
+        sync(path.parent)  # the new name survives a power cut too
 
 
 @contextlib.contextmanager
@@ -47,8 +47,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp.{os.getpid()}")
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Return when what was written to a file, or the names in a folder, are on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -124,9 +125,9 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.fault = f"{MANIFEST} cannot be read ({error})"
 
-    def step_of(self, path: Path) -> int:
-        """The step of the newest entry for that name; -1 if there is none."""
-        return max((entry["step"] for entry in self.entries if path.name in entry["names"]), default=-1)
+    def place_of(self, path: Path) -> int:
+        """The place of the newest entry for that name, in the order of writing; -1 if there is none."""
+        return max((place for place, entry in enumerate(self.entries) if path.name in entry["names"]), default=-1)
 
     def fault_of(self, path: Path) -> str | None:
         """What is wrong with the bytes of a file, if anything. Only for a folder whose manifest can be used."""
@@ -164,7 +165,7 @@ def write_listed(path: Path, write: Callable[[BinaryIO], None], step: int, links
     with _complete(path, write_hashed) as temporary:
         names = [path.name, *(other.name for other in links)]
         Manifest(path.parent).add(hashed[0].digest.hexdigest(), hashed[0].size, step, names)
+        for other in links:  # first: whoever goes on from `path` never makes them again
+            link(temporary, other)
         os.replace(temporary, path)
-    for other in links:
-        link(path, other)
-    sync_folder(path.parent)
+        sync(path.parent)

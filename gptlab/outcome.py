@@ -1,5 +1,6 @@
 """How a run ends: its status, its exit code, and result.json with every figure, null where it was not measured."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import torch
 
 from gptlab import __version__, doors, ranks
 from gptlab.assembly import Watchers
+from gptlab.checkpoint import OWN_KEY
 from gptlab.config import is_below
 from gptlab.data.module import TextDataModule
 from gptlab.resume import OF_THE_COMMAND
@@ -34,7 +36,7 @@ class Outcome:
         self.exit_code = 0
         self.parent: dict[str, Any] | None = None
         self.watchers: Watchers | None = None
-        self._nothing_to_do = False
+        self._ended: dict[str, Any] | None = None
 
     def watch(
         self, task: LMTask, data: TextDataModule, watchers: Watchers, parent: dict[str, str] | None = None
@@ -42,9 +44,9 @@ class Outcome:
         """From here on there is something to report on. `parent` is the run that the weights came from."""
         self.task, self.data, self.watchers, self.parent = task, data, watchers, parent
 
-    def nothing_to_do(self) -> None:
-        """The run had ended before; status and result stay as they are."""
-        self._nothing_to_do = True
+    def nothing_to_do(self, state: dict[str, Any]) -> None:
+        """The run had ended before, with this checkpoint; status and result stay as they are, if they are there."""
+        self._ended = state
 
     def __enter__(self) -> "Outcome":
         self._before = self.folder.status()
@@ -53,9 +55,9 @@ class Outcome:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is None and self._nothing_to_do:
+        if error is None and self._ended is not None:
             if ranks.is_first():
-                self.folder.set_status("completed", self._before.get("step", 0))
+                self._leave_ended(self._ended)
             return True
         status, message = "completed", None
         if isinstance(error, Interrupted | KeyboardInterrupt):
@@ -73,6 +75,20 @@ class Outcome:
             if error is None:  # otherwise it is said already
                 self.exit_code = doors.report(disk, before_first_step=False)
         return True
+
+    def _leave_ended(self, state: dict[str, Any]) -> None:
+        """A kill between the last checkpoint and the end has left no result: it is made of that checkpoint."""
+        assert self.watchers is not None
+        step, watchers = state["global_step"], self.watchers
+        self.folder.set_status("completed", step)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = json.loads(self.folder.result.read_text())
+            if (found.get("status"), found.get("steps")) == ("completed", step):
+                return
+        for callback in (watchers.record, watchers.monitor, watchers.checkpoints, watchers.alerts, watchers.budget):
+            callback.load_state_dict(state["callbacks"][callback.state_key])
+        watchers.record.step, self.task.skipped_steps = step, state[OWN_KEY]["skipped_steps"]
+        write_json(self.folder.result, self.result("completed"))
 
     @property
     def has_stepped(self) -> bool:

@@ -21,37 +21,96 @@ WHERE = tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_node
 FREE = (
     *WHERE,
     *("trainer.max_steps", "trainer.max_epochs", "max_time"),
+    *("callbacks.early_stopping.patience", "callbacks.early_stopping.min_delta"),
     *("logger", "validation.every_steps", "samples.every_steps", "log.every_steps", "trust"),
     *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "every_minutes", "keep_last", "background")),
+)
+PARTS = (
+    *("seed", "validation", "log", "checkpoint", "samples", "model", "data", "tokenizer"),
+    *("task", "optimizer", "schedule", "trainer", "logger", "callbacks"),
 )
 OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
 
 
+class DamagedConfig(ValueError):  # noqa: N818 - what a user reads is its message
+    """A config.yaml that is none, or not there."""
+
+
 def save_config(cfg: dict[str, Any], folder: RunFolder) -> None:
-    text = yaml.safe_dump({"format": RUN_FORMAT} | cfg, sort_keys=False, allow_unicode=True)
-    write_atomically(folder.config, lambda file: file.write(text.encode()))
+    write_atomically(folder.config, lambda file: file.write(config_text(cfg).encode()))
+
+
+def config_text(cfg: dict[str, Any]) -> str:
+    """What config.yaml holds."""
+    return yaml.safe_dump({"format": RUN_FORMAT} | cfg, sort_keys=False, allow_unicode=True)
 
 
 def saved_config(folder: RunFolder) -> dict[str, Any]:
-    """The config of a run, in the form that this version has. Raises ValueError where there is none that it knows."""
-    if not folder.config.is_file():
-        raise ValueError(f"resume={folder.path}: no config.yaml there, so it is no run folder")
+    """The config of a run, in the form that this version has; where config.yaml is damaged, a checkpoint's copy of it.
+
+    Raises ValueError where there is none that it knows.
+    """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(folder.config))
+        if not folder.config.is_file():
+            raise DamagedConfig(f"resume={folder.path}: no config.yaml there, so it is no run folder")
+        return parsed_config(folder.config.read_bytes(), folder.config)
+    except DamagedConfig as error:
+        path, text = copy_of_config(folder)
+        if text is None:
+            raise
+        log.warning("%s; going on with the copy in %s", error, path)
+        return parsed_config(text.encode(), path)
+
+
+def copy_of_config(folder: RunFolder) -> tuple[Path, str] | tuple[None, None]:
+    """The newest checkpoint that can be read, and the config.yaml that it keeps."""
+    files = sorted(folder.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files:
+        try:
+            if text := checkpoint.load(path)["callbacks"]["RunRecord"].get("config"):
+                return path, text
+        except (ValueError, KeyError):
+            continue
+    return None, None
+
+
+def parsed_config(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text.decode()))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder.config}: damaged, it is no YAML ({str(error).splitlines()[0]})") from error
+        raise DamagedConfig(f"{path}: damaged, it is no YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or not isinstance(found := content.pop("format", 1), int):
-        raise ValueError(f"{folder.config}: damaged, it holds no config of a run")
+        raise DamagedConfig(f"{path}: damaged, it holds no config of a run")
     if found > RUN_FORMAT:
         raise ValueError(
-            f"{folder.path}: a run folder of format {found}, this gptlab knows up to {RUN_FORMAT}; use a newer one"
+            f"{path}: a run folder of format {found}, this gptlab knows up to {RUN_FORMAT}; use a newer one"
         )
     try:
         for migrate in MIGRATIONS[found - 1 :]:
             migrate(content)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder.config}: damaged, it holds no config of a run ({error} is missing)") from error
+        raise DamagedConfig(f"{path}: damaged, it holds no config of a run ({error} is missing)") from error
+    if missing := [key for key in PARTS if key not in content]:
+        raise DamagedConfig(f"{path}: damaged, it holds no config of a run ({missing[0]} is missing)")
     return content
+
+
+def require_same_config(cfg: dict[str, Any], state: dict[str, Any], folder: RunFolder) -> None:
+    """Raise ValueError where config.yaml is no longer the one that a checkpoint was made with.
+
+    Where text is found may change, as it does on another machine: its fingerprint says whether it is the same.
+    """
+    if not (text := state["callbacks"]["RunRecord"].get("config")):
+        return
+    then, now = flat(parsed_config(text.encode(), folder.config)), flat(cfg)
+    free = (*FREE, *OF_THE_COMMAND, "data.files", "data.validation_files", "tokenizer.path")
+    changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key) and not is_below(key, free))
+    if changed:
+        faults = [f"{key}: {now.get(key)!r}, and {then.get(key)!r} in the checkpoint" for key in changed[:10]]
+        raise ValueError(
+            f"{folder.config} is not the one that the run was trained with; restore it, or delete it to go on with the "
+            "checkpoint's copy:\n" + "\n".join(faults)
+        )
 
 
 def _from_1(config: dict[str, Any]) -> None:
@@ -68,6 +127,15 @@ def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
     leaves = [flat(config) for config in (one, other)]
     keys = {key for side in leaves for key in side if not is_below(key, FREE + OF_THE_COMMAND)}
     return all(leaves[0].get(key) == leaves[1].get(key) for key in keys)
+
+
+def is_run_of(run: RunFolder, cfg: dict[str, Any]) -> bool:
+    """Whether a run is one of this config; one that cannot be read is passed over, and said."""
+    try:
+        return same_run(saved_config(run), cfg)
+    except ValueError as error:
+        log.warning("passed over: %s", error)
+        return False
 
 
 def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
@@ -96,7 +164,7 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
             )
     else:
         candidates = (run for run in unfinished_runs(Path("runs")) if run.config.is_file())
-        found = next((run for run in candidates if same_run(saved_config(run), cfg)), None)
+        found = next((run for run in candidates if is_run_of(run, cfg)), None)
         if found is None:
             return None
         folder = found
@@ -110,7 +178,7 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     """
     manifest = Manifest(folder.checkpoints)
     files = sorted(folder.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    files.sort(key=lambda path: (-manifest.step_of(path), path != folder.last))
+    files.sort(key=lambda path: (-manifest.place_of(path), path != folder.last))
     if files and manifest.fault:
         log.warning("%s in %s: each file is held to its own checksums", manifest.fault, folder.checkpoints)
     faults = []
@@ -179,6 +247,8 @@ def resumed_config(
 def put(config: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
+        if not isinstance(config.get(parent), dict):  # what is missing around it is an error of its own
+            config[parent] = {}
         config = config[parent]
     config[last] = value
 

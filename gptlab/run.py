@@ -1,21 +1,30 @@
 """The run folder: its paths, its one owner, and the small JSON files that tell how the run stands."""
 
 import contextlib
+import io
 import json
+import logging
 import os
+import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gptlab.files import sweep_leftovers, write_atomically
+from gptlab.files import sweep_leftovers, sync, write_atomically
+
+log = logging.getLogger("gptlab")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -31,6 +40,10 @@ def process_is_alive(pid: int) -> bool:
 
 # All that a run leaves which failed before it began.
 NOT_BEGUN = {".lock", "checkpoints", "config.yaml", "result.json", "status.json", "train.log"}
+LEFTOVER = re.compile(r"\..*\.tmp\.\d+$")  # of a killed writer
+WORKERS_END_S = 15  # loader processes of a killed run may hold its lock until they notice, within 5 s
+TAIL_STEPS = 20  # logged steps that a checkpoint keeps of the files beside it,
+TAIL_BYTES = 2**16  # from as much of their ends
 
 
 class RunFolder:
@@ -72,7 +85,8 @@ class RunFolder:
     @property
     def has_begun(self) -> bool:
         """Whether there is more here than a run leaves that failed before its first step."""
-        return not NOT_BEGUN.issuperset(self.held) or any(self.checkpoints.glob("*"))
+        held = [name for name in self.held if not LEFTOVER.match(name)]
+        return not NOT_BEGUN.issuperset(held) or any(self.checkpoints.glob("*.ckpt"))
 
     def acquire(self, resume: bool) -> None:
         """Become the folder's owner. Raises ValueError if it has one, or holds files that a new run would mix with."""
@@ -84,7 +98,7 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock_it()
         except Timeout:
             status = self.status()
             raise ValueError(
@@ -96,6 +110,15 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.path, self.checkpoints):
             sweep_leftovers(folder)
+
+    def _lock_it(self) -> None:
+        """Raises Timeout where a process that lives has the lock."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            if self.status().get("status") == "running":
+                raise
+            self._lock.acquire(timeout=WORKERS_END_S)
 
     def release(self) -> None:
         self._lock.release()
@@ -115,28 +138,95 @@ class RunFolder:
         """status.json, where a run whose process is gone counts as interrupted; {} if there is none."""
         try:
             status = json.loads(self.status_file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            if not {"status", "step", "pid"} <= status.keys():
+                raise ValueError("keys are missing")
+        except FileNotFoundError:
             return {}
+        except (ValueError, AttributeError) as error:  # no JSON, or JSON of something else
+            log.warning("%s: damaged (%s); the run counts as interrupted", self.status_file, error)
+            return {"status": "interrupted", "step": 0}
         here = status.get("host") in (None, socket.gethostname())
         if status["status"] == "running" and here and not process_is_alive(status["pid"]):
             status["status"] = "interrupted"
         return status
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows of metrics.csv and samples.jsonl that a resumed run, at `step`, will write again."""
-        if self.metrics.exists():
-            header, *rows = whole_lines(self.metrics) or [""]
-            kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
-            write_atomically(self.metrics, lambda file: file.write("".join([header, *kept]).encode()))
-        if self.samples.exists():
-            kept = [line for line in whole_lines(self.samples) if json.loads(line)["step"] <= step]
-            write_atomically(self.samples, lambda file: file.write("".join(kept).encode()))
+    @property
+    def _records(self) -> tuple[tuple[Path, Callable[[str], int]], ...]:
+        """The files that grow with the run, and how to tell the step of a line. Their header, if any, has step -1."""
+        return (self.metrics, step_of_row), (self.samples, lambda line: int(json.loads(line)["step"]))
+
+    def tails(self) -> dict[str, list[str]]:
+        """The last lines of metrics.csv and samples.jsonl, for a checkpoint: by them a resumed run mends the files."""
+        tails = {}
+        for path, step_of in self._records:
+            if path.exists():
+                sync(path)  # a power cut must not leave the checkpoint alone
+                lines, _ = readable(last_bytes(path), step_of)
+                steps = sorted({step for step, _ in lines if step >= 0})
+                if path.stat().st_size > TAIL_BYTES:
+                    steps = steps[2:]  # that of the first line, and one whose first lines may be missing
+                steps = steps[-TAIL_STEPS:]
+                tails[path.name] = [line for step, line in lines if step < 0 or step in steps]
+        return tails
+
+    def truncate_after(self, step: int, tails: dict[str, list[str]]) -> None:
+        """Drop what a resumed run, at `step`, will write again, and mend what was lost of the last lines before."""
+        for path, step_of in self._records:
+            tail = [(step_of(line), line) for line in tails.get(path.name, [])]
+            if not path.exists() and not tail:
+                continue
+            lines, damaged = readable(path.read_bytes(), step_of) if path.exists() else ([], [])
+            if damaged:
+                log.warning("%s: line %s damaged; mended as far as the checkpoint knows it", path, ", ".join(damaged))
+            header = [line for at, line in (*lines, *tail) if at < 0][:1]
+            own, known = by_step(lines), by_step(tail)
+            kept = []
+            for at in sorted({at for at in (*own, *known) if 0 <= at <= step}):
+                whole = at not in known or len(own.get(at, [])) == len(known[at])
+                kept += own[at] if whole else known[at]
+            if path == self.metrics and not header:  # rows without their names
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, "".join([*header, *kept]))
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, without a last one that was not finished. Only LF ends a line: text may hold U+2028."""
-    with open(path, newline="\n") as file:
-        return [line for line in file if line.endswith("\n")]
+def step_of_row(row: str) -> int:
+    return -1 if row.startswith("step,") else int(row.split(",", 1)[0])
+
+
+def by_step(lines: list[tuple[int, str]]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for step, line in lines:
+        found.setdefault(step, []).append(line)
+    return found
+
+
+def last_bytes(path: Path) -> bytes:
+    """The first line of a file and its last lines, however long it has grown: saving must not take longer for that."""
+    with open(path, "rb") as file:
+        first, size = file.readline(), path.stat().st_size
+        if size <= TAIL_BYTES:
+            return first + file.read()
+        file.seek(size - TAIL_BYTES)
+        file.readline()  # the end of a line
+        return first + file.read()
+
+
+def readable(content: bytes, step_of: Callable[[str], int]) -> tuple[list[tuple[int, str]], list[str]]:
+    """The lines of a file with their steps, and the numbers of lines that are damaged or unfinished.
+
+    Only LF ends a line: text may hold U+2028.
+    """
+    lines, damaged = [], []
+    for number, raw in enumerate(io.BytesIO(content), start=1):
+        try:
+            line = raw.decode()
+            if not line.endswith("\n") or "\0" in line:
+                raise ValueError
+            lines.append((step_of(line), line))
+        except (ValueError, KeyError, TypeError):
+            damaged.append(str(number))
+    return lines, damaged
 
 
 def unfinished_runs(root: Path) -> list[RunFolder]:

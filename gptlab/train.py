@@ -18,7 +18,7 @@ from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
 from gptlab.machine import hardware
 from gptlab.outcome import Outcome
-from gptlab.resume import find_run, resumed_config, save_config, saved_config
+from gptlab.resume import config_text, find_run, require_same_config, resumed_config, save_config, saved_config
 from gptlab.run import RunFolder
 from gptlab.tokenizer import load_tokenizer
 
@@ -114,19 +114,22 @@ def run(
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
         if state is not None:
+            require_same_config(saved_cfg, state, folder)
             data.require_same(state[type(data).__qualname__], trainer)
             if checkpoint.model_config(state) != model.config:
                 raise ValueError(f"{ckpt_path}: its network is not the one that {folder.config} describes")
-            if watchers.budget.is_spent(step, state["callbacks"]["Budget"]["seconds"]):
-                log.info("nothing to do: the run has ended; a larger trainer.max_steps or max_time extends it")
-                outcome.nothing_to_do()
+            if ended := why_ended(state, watchers, overridden):
+                log.info("nothing to do: %s", ended)
+                outcome.nothing_to_do(state)
                 return 0
         # Nothing that was there before has been touched up to here.
         if ranks.is_first():
             if resumes:
-                folder.truncate_after(step)
+                tails = {} if state is None else state["callbacks"]["RunRecord"].get("tails", {})
+                folder.truncate_after(step, tails)
             save_config(saved_cfg, folder)
             data.tokenizer.save(folder.tokenizer)
+        watchers.record.config_text = config_text(saved_cfg)
         checkpoint_path = None if ckpt_path is None else str(ckpt_path)
         ranks.tell_followers({"run_dir": str(folder.path), "checkpoint": checkpoint_path, "resumes": resumes})
         log.info(describe_data(data))
@@ -135,6 +138,18 @@ def run(
         log.info(describe_steps(cfg, total_steps, trainer))
         trainer.fit(task, data, ckpt_path=ckpt_path)
     return outcome.exit_code
+
+
+def why_ended(state: dict[str, Any], watchers: assembly.Watchers, overridden: dict[str, str]) -> str | None:
+    """What to say where a checkpoint is of a run that ended by itself, and nothing given lets it go on."""
+    budget = state["callbacks"]["Budget"]
+    if watchers.budget.is_spent(state["global_step"], budget["seconds"]):
+        return "the run has ended; a larger trainer.max_steps or max_time extends it"
+    if budget.get("stopped_early") and not any(
+        config.is_below(key, ("callbacks.early_stopping",)) for key in overridden
+    ):
+        return "the run has stopped early; a larger +callbacks.early_stopping.patience lets it go on"
+    return None
 
 
 def other_machine(state: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, door
+from trials import differences, rows, weights
 
 from gptlab import checkpoint
 
@@ -24,39 +25,8 @@ RUN = (
 )
 
 
-def rows(run: Path) -> list[str]:
-    """metrics.csv without what depends on the clock."""
-    header, *lines = (run / "metrics.csv").read_text().splitlines()
-    timed = {header.split(",").index(name) for name in ("seconds", "train/tokens_per_second", "train/mfu")}
-    return [",".join(v for i, v in enumerate(line.split(",")) if i not in timed) for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    for name, tensor in weights(one).items():
-        assert torch.equal(tensor, weights(other)[name]), name
-    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
-    for key in (
-        "status",
-        "steps",
-        "epochs",
-        "train_tokens",
-        "train_loss",
-        "val_loss",
-        "best_val_loss",
-        "best_step",
-        "alerts",
-    ):
-        assert results[0][key] == results[1][key], key
-    histories = [
-        [{k: h[k] for k in ("step", "epoch", "train_loss", "val_loss")} for h in r["history"]] for r in results
-    ]
-    assert histories[0] == histories[1]
+    assert differences(one, other) == []
 
 
 def interrupted_at(run: Path, step: int, into: Path) -> Path:
@@ -222,6 +192,7 @@ def test_a_run_of_a_newer_format_is_refused_by_name(train, tmp_path):
 def test_a_config_that_is_none_is_refused_by_name(train, tmp_path, text):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=2") == 0
+    shutil.rmtree(run / "checkpoints")  # each of them has a copy
     (run / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config.yaml: damaged"):
         train(run, f"resume={run}")

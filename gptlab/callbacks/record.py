@@ -165,6 +165,7 @@ class RunRecord(StepCallback):
         self.step, self.epochs, self.tokens = 0, 0.0, 0
         self.device = torch.device("cpu")
         self.weights = "raw"  # what the figures of validation are of
+        self.config_text: str | None = None  # config.yaml, which checkpoints keep a copy of
         self._written = 0.0
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
@@ -201,10 +202,13 @@ class RunRecord(StepCallback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "validation": self.validation}
+        """What result.json needs, and what mends the files beside the checkpoint where they are damaged."""
+        figures = {"history": self.history, "validation": self.validation, "epochs": self.epochs, "tokens": self.tokens}
+        return figures | {"config": self.config_text, "tails": self.folder.tails()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.validation = state["history"], state["validation"]
+        self.epochs, self.tokens = state.get("epochs", 0.0), state.get("tokens", 0)
 
     def result(self, task: LightningModule) -> dict[str, Any]:
         """The measured part of result.json; figures that were not measured are null."""

@@ -165,6 +165,7 @@ class Checkpoints(StepCallback):
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
+        begin_the_epoch(trainer)
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:  # two of them: an old file stays until the new one is whole
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -238,3 +239,13 @@ class Checkpoints(StepCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+
+
+def begin_the_epoch(trainer: Trainer) -> None:
+    """Let Lightning count the epoch that begins, where a run goes on from the last step of the one before.
+
+    It takes that for the middle of an epoch, and would not: what is saved next could not be resumed exactly.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    if trainer.fit_loop.restarted_mid_epoch and epochs.ready == epochs.processed:
+        trainer.fit_loop.reset_restart_stage()

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch.optim import Optimizer
 
 from gptlab.signals import SIGNALS, Interrupted
@@ -127,6 +127,7 @@ class Budget(StepCallback):
         self.seconds_before = 0.0
         self._start: float | None = None
         self._end: float | None = None
+        self._trainer: Trainer | None = None
 
     @property
     def seconds(self) -> float:
@@ -137,7 +138,7 @@ class Budget(StepCallback):
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
-        self._start = time.perf_counter()
+        self._start, self._trainer = time.perf_counter(), trainer
 
     def is_spent(self, step: int, seconds: float) -> bool:
         return step >= self.total_steps or (self.max_time_s is not None and seconds >= self.max_time_s)
@@ -157,10 +158,20 @@ class Budget(StepCallback):
         self._end = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        """`stopped_early`: something else has ended the run, such as early stopping."""
+        trainer, seconds = self._trainer, self.seconds
+        early = trainer is not None and trainer.should_stop and not self.is_spent(trainer.global_step, seconds)
+        return {"seconds": seconds, "stopped_early": early}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds_before = state["seconds"]
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Lightning's, with a patience that a resumed run may change: the checkpoint's own would come back."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
 
 class Interrupts(StepCallback):

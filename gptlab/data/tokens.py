@@ -96,6 +96,9 @@ def open_prepared(folder: Path, trust: tuple[str, ...] = ()) -> Prepared:
         files = {
             side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["splits"][side]["tokens"]) for side in SIDES
         }
+        for side, file in files.items():
+            if sha256_of_file(file.path) != meta["splits"][side]["sha256"]:
+                raise ValueError(f"the bytes of {side}.bin are not those that were written")
         tokenizer = load_tokenizer(folder / "tokenizer", trust)
         if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
             raise ValueError("its tokenizer is not the one that made it")
