@@ -89,8 +89,10 @@ class Requests(Callback):
         event.record()
         self._under_way = (buffer, event, step)
 
-    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
         self._begun = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
         if trainer.world_size > 1:
             task.requests.copy_(torch.tensor(self.asked, dtype=torch.float32))
 
