@@ -49,9 +49,20 @@ def tensor_bytes(content: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
 
 
+def _require_as_torch_writes(path: Path) -> None:
+    """Raise ValueError where the parts of the archive claim more than the file has: unpacking would fill the memory."""
+    with zipfile.ZipFile(path) as file:
+        parts = file.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ValueError("its parts are compressed, as torch never writes them")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("its parts claim more bytes than the file has")
+
+
 def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The checkpoint in `path`; never runs code that it holds. Raises ValueError when it is none of ours or damaged."""
     try:
+        _require_as_torch_writes(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
