@@ -102,13 +102,15 @@ def device_type(accelerator: str) -> str:
     return "mps" if torch.backends.mps.is_available() and accelerator in ("auto", "gpu", "mps") else "cpu"
 
 
-def wants_compile(word: Any, accelerator: str) -> bool:
+def wants_compile(word: Any, node: dict[str, Any]) -> bool:
+    """Whether to compile, by the word for it and the values of the group `trainer`."""
     if word not in (True, False, "auto"):
         raise ValueError(f"compile={word!r} is none of auto, true, false")
     if word != "auto":
         return word
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++")) and platform.system() == "Linux"
-    return device_type(accelerator) == "cuda" or has_compiler
+    is_split = "by" in (node.get("strategy") or {})  # then graphs break at every block
+    return not is_split and (device_type(node["accelerator"]) == "cuda" or has_compiler)
 
 
 def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:
@@ -120,7 +122,7 @@ def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_step
         total_steps=total_steps,
         separate_documents=cfg["documents"] == "separate",
         skip_nonfinite=cfg["nonfinite"] == "skip",
-        compile=wants_compile(cfg["compile"], cfg["trainer"]["accelerator"]),
+        compile=wants_compile(cfg["compile"], cfg["trainer"]),
     )
 
 

@@ -31,7 +31,7 @@ def check(cfg: dict[str, Any]) -> None:
     if faults := list(missing_parts(cfg)):  # before what looks into them
         raise ValueError("; ".join(faults))
     assembly.require_device(cfg["trainer"]["accelerator"])
-    assembly.wants_compile(cfg["compile"], cfg["trainer"]["accelerator"])
+    assembly.wants_compile(cfg["compile"], cfg["trainer"])
     faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *schedule_faults(cfg)]
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))

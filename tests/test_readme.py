@@ -57,6 +57,13 @@ def test_stop_and_go_on(folder):
     assert "at step 40" in run(second, folder)
 
 
+def test_every_test_that_the_page_on_reliability_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (REPOSITORY / "docs/reliability.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (REPOSITORY / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.yaml")))
 def test_every_experiment_runs(name, folder):
     note = (REPOSITORY / "experiments" / name / "README.md").read_text()
