@@ -106,11 +106,15 @@ def wants_compile(word: Any, node: dict[str, Any]) -> bool:
     """Whether to compile, by the word for it and the values of the group `trainer`."""
     if word not in (True, False, "auto"):
         raise ValueError(f"compile={word!r} is none of auto, true, false")
-    if word != "auto":
-        return word
+    is_split = "by" in (node.get("strategy") or {})
+    if word is True and is_split:
+        raise ValueError(
+            "compile=true: a network that is split over ranks is not compiled; use compile=auto or trainer=ddp"
+        )
+    if word != "auto" or is_split:
+        return word is True
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++")) and platform.system() == "Linux"
-    is_split = "by" in (node.get("strategy") or {})  # then graphs break at every block
-    return not is_split and (device_type(node["accelerator"]) == "cuda" or has_compiler)
+    return device_type(node["accelerator"]) == "cuda" or has_compiler
 
 
 def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:

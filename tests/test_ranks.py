@@ -193,6 +193,12 @@ def test_ranks_that_cannot_share_a_step_are_refused(whole, tmp_path):
     assert "a step of this run has 8 windows, which 3 ranks cannot share" in done.stderr
 
 
+def test_a_split_network_is_not_compiled(whole):
+    done = run(whole, "compiled", *KINDS["fsdp"], "compile=true")
+    assert done.returncode == 2
+    assert "compile=true: a network that is split over ranks is not compiled" in done.stderr
+
+
 FAULT = "+callbacks.fault._target_=experiments.parts.Fault"
 
 
