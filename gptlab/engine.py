@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gptlab.cache import KVCache
 from gptlab.model import GPT
+from gptlab.sharding import agreed
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -52,7 +53,7 @@ def generate(
                 cache.clear()
                 pending = ids[-max(1, block_size // 2) :]
             logits = run(torch.tensor([pending], device=device), cache=cache)[:, -1, :vocab_size]
-            token = int(sample(logits, temperature, top_k, generator))
+            token = agreed(int(sample(logits, temperature, top_k, generator)), model)
             if token == stop_id:
                 break
             ids.append(token)

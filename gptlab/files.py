@@ -69,8 +69,10 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        with open(source, "rb") as whole:
+            write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
+    else:
+        os.replace(temporary, target)
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -16,7 +16,9 @@ RUN = "GPTLAB_RUN"  # what the first process of a machine tells those that Light
 
 def is_first() -> bool:
     """Whether this process is the one that writes: logs, samples, the run's record."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+    if os.environ.get("RANK"):  # torchrun's own word, which SLURM's may contradict
+        return int(os.environ["RANK"]) == 0
+    return not any(int(os.environ.get(name) or 0) for name in ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
 def name() -> str:
@@ -30,6 +32,11 @@ def name() -> str:
 def started_outside() -> bool:
     """Whether torchrun or SLURM has started all processes, rather than Lightning from the first one."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+
+
+def processes_outside() -> int:
+    """How many processes torchrun or SLURM has started."""
+    return int(os.environ.get("WORLD_SIZE") if devices_given() else os.environ.get("SLURM_NTASKS") or 1)
 
 
 def devices_given() -> tuple[int, int] | None:
@@ -72,13 +79,23 @@ def watch_leader() -> None:
     _watch(lambda: None if os.getppid() == leader else "the first process has ended")
 
 
+_ending = threading.Event()
+
+
+def end_in_own_way() -> None:
+    """This process ends already, and has still something to save: nobody is to end it for another's sake."""
+    _ending.set()
+
+
 def _watch(lost: Callable[[], str | None], end: Callable[[], None] = lambda: None) -> None:
     def watch() -> None:
         while not (reason := lost()):
             time.sleep(0.5)
         time.sleep(GRACE_S)
         end()
-        print(f"{name()}: error: {reason}; {GO_ON}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if not _ending.is_set():
+            who = "" if is_first() else f"{name()}: "
+            print(f"{who}error: {reason}; {GO_ON}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch").start()

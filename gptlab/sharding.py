@@ -12,6 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from gptlab.model import GELU, Attention, SwiGLU
+
 
 def whole(value: Any, order: Tensor | None = None) -> Any:
     """A tensor put together from all ranks, which must all ask for it, with its rows where `order` has taken them from;
@@ -40,6 +42,15 @@ def row_orders(module: nn.Module) -> dict[Tensor, Tensor]:
 def is_split(model: nn.Module) -> bool:
     """Whether this rank holds only a part of the network."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def agreed(number: int, model: nn.Module) -> int:
+    """The first rank's number, on all ranks that hold a part of the network; rounding must not lead them apart."""
+    if not is_split(model):
+        return number
+    box = torch.tensor([number], device=next(model.parameters()).device)
+    torch.distributed.broadcast(box, src=0)
+    return int(box)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -80,13 +91,13 @@ def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
     Embeddings, norms and the output head stay whole on every rank.
     """
     ranks, attention, mlp = mesh.size(), block.attention, block.mlp
-    inner = {"qkv", "proj", "q_norm", "k_norm", "gate_up", "up"}
-    for part in (attention, mlp):
-        if foreign := {name.split(".")[0] for name, _ in part.named_parameters()} - inner:
+    for part, known in ((attention, (Attention,)), (mlp, (SwiGLU, GELU))):
+        if type(part).__init__ not in [kind.__init__ for kind in known]:
             raise ValueError(
-                f"trainer=tp cannot split {type(part).__qualname__}: it does not know its {min(foreign)}; "
-                "use trainer=fsdp"
+                f"trainer=tp cannot split {type(part).__qualname__}, made of other parts; use trainer=fsdp"
             )
+        if any(name.endswith("bias") for name, _ in part.named_parameters()):
+            raise ValueError("trainer=tp: model.bias=true cannot be split yet; use trainer=fsdp")
     for name, count in (("n_head", attention.n_head), ("n_kv_head", attention.n_kv_head)):
         if count % ranks:
             raise ValueError(

@@ -143,6 +143,8 @@ def in_order(optimizer: Optimizer) -> list[Tensor]:
 
 
 def on_cpu(value: Any, order: Tensor | None) -> Any:
-    """A value of some rank's state as a checkpoint holds it: whole, and out of the device's memory."""
+    """A value as a checkpoint holds it: whole, and out of the device's memory. Rank 0 alone keeps it."""
     value = whole(value, order)
-    return value.cpu() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.cpu() if torch.distributed.get_rank() == 0 else None

@@ -113,6 +113,11 @@ def run(
         outcome.watch(task, data, watchers, cfg.get("parent"))
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
+        if ranks.started_outside() and trainer.world_size != ranks.processes_outside():
+            raise ValueError(
+                f"{ranks.processes_outside()} processes were started, and this trainer is one of {trainer.world_size}: "
+                "use trainer=ddp, fsdp or tp, with trainer.devices and trainer.num_nodes as they were started"
+            )
         if state is not None:
             require_same_config(saved_cfg, state, folder)
             data.require_same(state[type(data).__qualname__], trainer)
@@ -136,6 +141,7 @@ def run(
         sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
         log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))
         log.info(describe_steps(cfg, total_steps, trainer))
+        state = parent = None  # Lightning reads the file itself: no memory for it twice
         trainer.fit(task, data, ckpt_path=ckpt_path)
     return outcome.exit_code
 

@@ -44,6 +44,7 @@ def test_failures_are_told_and_hide_no_other_job(word, text_file, tmp_path):
         assert text in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "signum", "code"),
     [(needs(word).values[0], *end) for word, end in zip(WORDS, [(2, 130), (15, 143), (2, 130)], strict=True)],
@@ -77,21 +78,6 @@ def test_signal_lets_every_job_save_and_starts_no_other(word, signum, code, text
         assert (status.parent / "checkpoints/last.ckpt").exists()
     assert f"run_dir={swept} resume=auto" in output[output.rindex("val/loss") :]
     assert not (swept / ".stop").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
-def test_job_of_submitit_that_needs_more_time_saves_and_goes_on(text_file, tmp_path):
-    """submitit asks half a minute before the time of one minute is up, and queues the job again."""
-    swept = tmp_path / "swept"
-    options = (*SMALL, f"data.files={text_file}", "trainer.max_steps=1000000", "max_time=35", "log.every_steps=500")
-    time_up = "hydra.launcher.parameters.timeout_min=1"
-    run = door("train", "-m", *options, "seed=1,2", *WORDS["submitit"], time_up, f"run_dir={swept}", timeout=400)
-    assert run.returncode == 0, run.stderr
-    for job in jobs.records(swept).values():
-        log = (Path(job["run_dir"]) / "train.log").read_text()
-        assert "interrupted" in log
-        assert "continuing from" in log
 
 
 def test_missing_package_is_named_with_the_extra(composed, tmp_path, capfd, monkeypatch):
@@ -200,6 +186,7 @@ def test_nothing_starts_where_the_sweep_has_been_told_to_end(tmp_path):
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.slow
 def test_job_ends_with_the_process_that_watches_it(tmp_path):
     program = (
         "import sys; from gptlab.jobs import Job, Runner; "

@@ -1,6 +1,7 @@
 """Several processes train the run that one would: the same windows, losses and files, whoever splits what."""
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL, door, prose
 from test_resume import assert_same_run, interrupted_at, weights
 
@@ -60,6 +62,18 @@ class Fault(Callback):
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step) and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), self.signum)
+
+
+class Twins(Callback):
+    """Writes down after each step whether all ranks hold the same of what each holds whole."""
+
+    def on_train_batch_end(self, trainer, task, *_):
+        own = task.model.embed.weight.detach().double().sum()
+        others = [torch.zeros_like(own) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(others, own)
+        if trainer.is_global_zero:
+            with open("twins", "a") as file:
+                print("same" if len({float(other) for other in others}) == 1 else "other", file=file)
 
 
 class Collectives(Callback):
@@ -134,7 +148,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert results[0][key] == results[1][key], key
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*list(KINDS)[:3], pytest.param("tp", marks=pytest.mark.slow)])
 def test_ranks_and_micro_batches_make_the_same_run(whole, kind):
     done = run(whole, kind, *KINDS[kind])
     assert done.returncode == 0, done.stderr
@@ -230,7 +244,7 @@ def processes_in(folder: Path) -> list[str]:
     ("rank", "signum", "code"),
     [
         (1, 15, 143),
-        (1, 9, 1),
+        pytest.param(1, 9, 1, marks=pytest.mark.slow),
         pytest.param(0, 9, -9, marks=pytest.mark.slow),
         pytest.param(0, 2, 130, marks=pytest.mark.slow),
     ],
@@ -302,6 +316,71 @@ def test_processes_started_outside_must_be_told_the_folder(tmp_path, text_file):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_processes_started_outside_for_a_trainer_of_one_device_are_refused(whole, tmp_path):
+    """Each would train alone, into one folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "gptlab.train",
+    ]
+    options = (f"data.files={whole / 'text.txt'}", *RUN, *ONE, f"run_dir={tmp_path / 'run'}")
+    done = subprocess.run([*command, *options], cwd=whole, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "2 processes were started, and this trainer is one of 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_network_draw_the_same_numbers(whole, tmp_path):
+    """Also where the run began on one rank: what they hold whole, such as embeddings, stays the same on all."""
+    assert run(whole, "dropped", *ONE, "model.dropout=0.3").returncode == 0
+    part = interrupted_at(whole / "dropped", 7, tmp_path / "part")
+    twins = "+callbacks.twins._target_=experiments.parts.Twins"
+    for folder, more in ((part, (f"resume={part}", "trainer=tp", "trainer.devices=2", "trainer.accelerator=cpu")),):
+        cfg = yaml.safe_load((folder / "config.yaml").read_text())
+        cfg["callbacks"] = {"twins": {"_target_": "experiments.parts.Twins"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+        for path in (folder / "checkpoints").glob("*.ckpt"):  # their copies of the config say nothing of it
+            state = torch.load(path, weights_only=True)
+            state["callbacks"]["RunRecord"]["config"] = None
+            torch.save(state, path)
+        (folder / "checkpoints/manifest.json").unlink()
+        done = door("train", *more, cwd=whole)
+        assert done.returncode == 0, done.stderr
+    assert (whole / "twins").read_text().split() == ["same"] * 5
+    assert run(whole, "fresh", *KINDS["tp"], "model.dropout=0.3", twins).returncode == 0
+    assert (whole / "twins").read_text().split() == ["same"] * (5 + STEPS)
+
+
+@pytest.mark.slow
+def test_several_ranks_save_by_the_clock_once_at_a_time(whole):
+    clock = (
+        "checkpoint.every_steps=null",
+        f"checkpoint.every_minutes={1 / 60}",
+        "trainer.max_steps=100000",
+        "max_time=6",
+    )
+    assert (
+        run(
+            whole, "clock", *KINDS["ddp"], *clock, "validation.every_steps=100000", "samples.every_steps=null"
+        ).returncode
+        == 0
+    )
+    saved = sorted(int(path.stem.removeprefix("step-")) for path in (whole / "clock/checkpoints").glob("step-*.ckpt"))
+    assert 3 <= len(saved) <= 7
+    assert min(b - a for a, b in itertools.pairwise(saved)) > 3
+
+
+def test_biases_cannot_be_split_by_heads(whole):
+    done = run(whole, "biased", *KINDS["tp"], "model.bias=true")
+    assert done.returncode == 2
+    assert "trainer=tp: model.bias=true cannot be split yet; use trainer=fsdp" in done.stderr
+
+
 def test_a_step_of_two_ranks_has_one_collective_besides_the_strategys_own(whole):
     counting = "+callbacks.count._target_=experiments.parts.Collectives"
     assert run(whole, "counted", *KINDS["ddp"], counting, "checkpoint.every_steps=null").returncode == 0
@@ -343,6 +422,8 @@ def test_the_averages_of_a_split_network_are_those_of_one_process(whole):
         ({}, True),
         ({"RANK": "0", "LOCAL_RANK": "0"}, True),
         ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "1", "SLURM_PROCID": "0"}, False),
         ({"SLURM_PROCID": "3"}, False),
         ({"NODE_RANK": "1"}, False),
         ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, False),

@@ -142,6 +142,7 @@ def test_another_study_is_not_mixed_in(composed, tmp_path, capfd):
     assert composed(*STUDY, f"run_dir={tmp_path}/grid", "resume=auto") == ([], 2)
 
 
+@pytest.mark.slow
 def test_killed_study_goes_on_by_the_real_command(text_file, tmp_path):
     options = ("-m", *SMALL, f"data.files={text_file}", "trainer.max_steps=200", "checkpoint.every_steps=20")
     study = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "+hydra.sweeper.sampler.n_startup_trials=1")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from gptlab import checkpoint
+from gptlab import checkpoint, ranks
 from gptlab.callbacks.averaging import average_in
 from gptlab.callbacks.steps import Requests, StepCallback, validation_follows
 from gptlab.data.module import data_rank
@@ -83,10 +83,13 @@ class RandomState(Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._sharing = 1  # ranks that see the same data
         self._restore: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        if self._restore is None and (rank := data_rank(trainer)[0]):
+        rank, world = data_rank(trainer)
+        self._sharing = trainer.world_size // world
+        if self._restore is None and rank:
             torch.manual_seed(self.seed + rank)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,21 +103,22 @@ class RandomState(Callback):
         }
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return {"ranks": [own]}
-        ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, own)
-        return {"ranks": ranks}
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return {"ranks": states[:: self._sharing]}  # those that share a network's tensors draw the same numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._restore = state["ranks"]
 
     def on_train_batch_start(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
-        ranks, self._restore = self._restore, None
-        if ranks is None:
+        states, self._restore = self._restore, None
+        if states is None:
             return
-        if trainer.global_rank >= len(ranks):
-            torch.manual_seed((self.seed + trainer.global_step) * 2**16 + data_rank(trainer)[0])
+        rank, _ = data_rank(trainer)
+        if rank >= len(states):
+            torch.manual_seed((self.seed + trainer.global_step) * 2**16 + rank)
             return
-        state = ranks[trainer.global_rank]
+        state = states[rank]
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -204,6 +208,7 @@ class Checkpoints(StepCallback):
         self.save_last(trainer)
 
     def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        ranks.end_in_own_way()
         try:
             self.files.wait()
         except OSError as error:
@@ -217,6 +222,7 @@ class Checkpoints(StepCallback):
 
     def _save(self, trainer: Trainer, keep: bool = False, is_best: bool = False) -> None:
         trainer.lightning_module.require_finite()
+        self.files.wait()  # what it writes counts among those that are kept
         links, drop = [], []
         if is_best:
             links.append(self.folder / "best.ckpt")
@@ -225,6 +231,7 @@ class Checkpoints(StepCallback):
             drop = sorted({*self.folder.glob("step-*.ckpt"), links[-1]})[: -self.keep_last]
         trainer.save_checkpoint(self.folder / "last.ckpt", storage_options={"links": links, "drop": drop})
         self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self.requests.ask("save", False)  # or the next step would carry it once more
 
     def on_load_checkpoint(self, trainer: Trainer, task: LightningModule, state: dict[str, Any]) -> None:
         """Count micro-batches anew where a step is made of another number of them than when it was saved."""

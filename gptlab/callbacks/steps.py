@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch.optim import Optimizer
 
 from gptlab.signals import SIGNALS, Interrupted
+from gptlab.tasks.lm import REQUESTS
 
 log = logging.getLogger("gptlab")
 
@@ -53,19 +54,18 @@ class Requests(Callback):
     the same step. On GPUs it is read a step later: nobody waits for a device. A single process hears itself at once.
     """
 
-    KINDS = ("interrupt", "terminate", "time", "save")
-
     def __init__(self) -> None:
-        self.asked = [False] * len(self.KINDS)
+        self.asked = [False] * len(REQUESTS)
+        self._told = list(self.asked)  # what the task knows
         self.heard_step = -1  # at which step what is heard was asked for
-        self._heard = [False] * len(self.KINDS)
+        self._heard = [False] * len(REQUESTS)
         self._read_step = -1
         self._under_way: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
         self._handlers: dict[int, Any] = {}
         self._single, self._begun = True, False
 
     def ask(self, kind: str, wanted: bool = True) -> None:
-        self.asked[self.KINDS.index(kind)] = wanted
+        self.asked[REQUESTS.index(kind)] = wanted
 
     def heard(self, trainer: Trainer, task: LightningModule, kind: str) -> bool:
         """Whether any rank has asked; the same on all ranks, when called after a step."""
@@ -74,7 +74,7 @@ class Requests(Callback):
         elif self._read_step != trainer.global_step:
             self._read_step = trainer.global_step
             self._read(task, trainer.global_step)
-        return self._heard[self.KINDS.index(kind)]
+        return self._heard[REQUESTS.index(kind)]
 
     def _read(self, task: LightningModule, step: int) -> None:
         if task.device.type != "cuda":
@@ -84,7 +84,7 @@ class Requests(Callback):
             copied, event, self.heard_step = self._under_way
             event.synchronize()  # long done: it is a step old
             self._heard = [count > 0 for count in copied.tolist()]
-        buffer, event = torch.empty(len(self.KINDS), pin_memory=True), torch.cuda.Event()
+        buffer, event = torch.empty(len(REQUESTS), pin_memory=True), torch.cuda.Event()
         buffer.copy_(task.requested, non_blocking=True)
         event.record()
         self._under_way = (buffer, event, step)
@@ -93,8 +93,9 @@ class Requests(Callback):
         self._begun = True
 
     def on_before_optimizer_step(self, trainer: Trainer, task: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.world_size > 1:
-            task.requests.copy_(torch.tensor(self.asked, dtype=torch.float32))
+        if trainer.world_size > 1 and self.asked != self._told:  # copying waits for the device
+            self._told = list(self.asked)
+            task.requests.copy_(torch.tensor(self._told, dtype=torch.float32))
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self._single = trainer.world_size == 1

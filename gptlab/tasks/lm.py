@@ -22,7 +22,7 @@ from gptlab.sharding import local, norm_square, split
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
-REQUESTS = 4  # kinds of requests that ranks make of each other
+REQUESTS = ("interrupt", "terminate", "time", "save")  # what ranks ask of each other
 SKIPS_IN_A_ROW = 10  # after so many, the weights themselves are at fault
 REMEDY = (
     "Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
@@ -62,7 +62,7 @@ class LMTask(LightningModule):
         # trainer.precision=bf16-true would round to 8 bits.
         self.step_sums, self.interval_sums, self.gradient_norm = torch.zeros(2), torch.zeros(2), torch.zeros(())
         # What this rank asks for, and what any rank asked for at the last step; it travels with the sums.
-        self.requests, self.requested = torch.zeros(REQUESTS), torch.zeros(REQUESTS)
+        self.requests, self.requested = torch.zeros(len(REQUESTS)), torch.zeros(len(REQUESTS))
         self.skipped_steps = self.skipped_in_a_row = 0
         self.figures: dict[str, float] = {}  # of the last validation, in float64, where Lightning keeps float32
         self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
