@@ -270,9 +270,15 @@ def build_trainer(
         inference_mode=False,  # validation shares compiled graphs with training
     )
     try:
-        return config.make(node)(**arguments)
+        trainer = config.make(node)(**arguments)
     except (TypeError, MisconfigurationException) as error:  # of values that only Lightning can judge
         raise ValueError(f"trainer: {error}") from error
+    if ranks.started_outside() and trainer.world_size != ranks.processes_outside():  # each would train alone
+        raise ValueError(
+            f"{ranks.processes_outside()} processes were started, and this trainer is one of {trainer.world_size}: "
+            "use trainer=ddp, fsdp or tp, with trainer.devices and trainer.num_nodes as they were started"
+        )
+    return trainer
 
 
 def validation_intervals(cfg: dict[str, Any]) -> dict[str, Any]:

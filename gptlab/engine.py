@@ -1,11 +1,12 @@
 """Generation: cached decoding of a prompt, sampled from the logits. Shapes: B batch, T time, V vocabulary."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gptlab.cache import KVCache
 from gptlab.model import GPT
-from gptlab.sharding import agreed
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -30,11 +31,12 @@ def generate(
     seed: int,
     stop_id: int | None = None,
     vocab_size: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> list[int]:
     """The ids that follow `prompt` (T,), up to and without `stop_id`. Same seed, same ids; torch's own is not touched.
 
     When the context is full, it goes on with its newer half. `vocab_size` keeps to the ids that a tokenizer knows,
-    where the network has room for more.
+    where the network has room for more. `agree` makes one token of those that the ranks of a split network have drawn.
     """
     ids, count = prompt.tolist(), len(prompt)
     if not ids:
@@ -53,7 +55,7 @@ def generate(
                 cache.clear()
                 pending = ids[-max(1, block_size // 2) :]
             logits = run(torch.tensor([pending], device=device), cache=cache)[:, -1, :vocab_size]
-            token = agreed(int(sample(logits, temperature, top_k, generator)), model)
+            token = agree(int(sample(logits, temperature, top_k, generator)))
             if token == stop_id:
                 break
             ids.append(token)

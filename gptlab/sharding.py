@@ -44,11 +44,9 @@ def is_split(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def agreed(number: int, model: nn.Module) -> int:
-    """The first rank's number, on all ranks that hold a part of the network; rounding must not lead them apart."""
-    if not is_split(model):
-        return number
-    box = torch.tensor([number], device=next(model.parameters()).device)
+def of_first_rank(number: int, device: torch.device) -> int:
+    """The first rank's number, on all ranks: rounding must not lead them apart."""
+    box = torch.tensor([number], device=device)
     torch.distributed.broadcast(box, src=0)
     return int(box)
 
@@ -98,7 +96,9 @@ def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
             )
         if any(name.endswith("bias") for name, _ in part.named_parameters()):
             raise ValueError("trainer=tp: model.bias=true cannot be split yet; use trainer=fsdp")
-    for name, count in (("n_head", attention.n_head), ("n_kv_head", attention.n_kv_head)):
+    hidden = mlp.proj.in_features
+    counts = {"n_head": attention.n_head, "n_kv_head": attention.n_kv_head, "mlp_width": hidden}
+    for name, count in counts.items():
         if count % ranks:
             raise ValueError(
                 f"model.{name}={count} cannot be shared by {ranks} ranks: use a trainer.devices that divides it"
@@ -111,9 +111,6 @@ def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
     for norm in (attention.q_norm, attention.k_norm):
         for parameter in norm.parameters():  # each rank's gradient is that of its own heads
             parameter.register_hook(lambda gradient: all_reduce(gradient, "sum", mesh))
-    hidden = mlp.proj.in_features
-    if hidden % ranks:
-        raise ValueError(f"model.mlp_width={hidden} cannot be shared by {ranks} ranks")
     first = "gate_up" if hasattr(mlp, "gate_up") else "up"
     split_pair(mlp, first, [hidden] * (getattr(mlp, first).out_features // hidden), mesh)
 

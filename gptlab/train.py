@@ -113,11 +113,6 @@ def run(
         outcome.watch(task, data, watchers, cfg.get("parent"))
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
-        if ranks.started_outside() and trainer.world_size != ranks.processes_outside():
-            raise ValueError(
-                f"{ranks.processes_outside()} processes were started, and this trainer is one of {trainer.world_size}: "
-                "use trainer=ddp, fsdp or tp, with trainer.devices and trainer.num_nodes as they were started"
-            )
         if state is not None:
             require_same_config(saved_cfg, state, folder)
             data.require_same(state[type(data).__qualname__], trainer)
@@ -130,13 +125,13 @@ def run(
         # Nothing that was there before has been touched up to here.
         if ranks.is_first():
             if resumes:
-                tails = {} if state is None else state["callbacks"]["RunRecord"].get("tails", {})
-                folder.truncate_after(step, tails)
+                folder.truncate_after(step, {} if state is None else state["callbacks"]["RunRecord"].get("tails", {}))
             save_config(saved_cfg, folder)
             data.tokenizer.save(folder.tokenizer)
         watchers.record.config_text = config_text(saved_cfg)
-        checkpoint_path = None if ckpt_path is None else str(ckpt_path)
-        ranks.tell_followers({"run_dir": str(folder.path), "checkpoint": checkpoint_path, "resumes": resumes})
+        ranks.tell_followers(
+            {"run_dir": str(folder.path), "checkpoint": ckpt_path and str(ckpt_path), "resumes": resumes}
+        )
         log.info(describe_data(data))
         sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
         log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))

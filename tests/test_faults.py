@@ -112,6 +112,13 @@ def saved_step(run: Path) -> int:
     return 0 if path is None else checkpoint.load(path)["global_step"]
 
 
+def assert_goes_on(train: Callable[..., int], whole: Path, part: Path, step: int) -> None:
+    """From the checkpoint of `step`, to what the uninterrupted run came to."""
+    assert saved_step(part) == step
+    assert train(part, f"resume={part}") == 0
+    assert differences(whole, part) == []
+
+
 def at_micro_batch(step: int, micro: int) -> Callable[..., bool]:
     """Whether a training step is that of micro-batch `micro`, from 0 to 3, of an optimizer step."""
     return lambda task, batch, batch_idx: task.trainer.global_step + 1 == step and batch_idx % 4 == micro
@@ -180,9 +187,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_last_checkpoint_is_whole(
     with monkeypatch.context() as patch:
         signalled(patch, LMTask, "training_step", at_micro_batch(6, 1), signal.SIGINT, signal.SIGINT)
         assert train(part, *RUN) == 130
-    assert saved_step(part) == 3  # of the validation: nothing was saved on the way out
-    assert train(part, f"resume={part}") == 0
-    assert differences(whole, part) == []
+    assert_goes_on(train, whole, part, 3)  # of the validation: nothing was saved on the way out
 
 
 def test_ctrl_c_twice_in_the_middle_of_saving_leaves_the_file_of_before(
@@ -202,9 +207,7 @@ def test_ctrl_c_twice_in_the_middle_of_saving_leaves_the_file_of_before(
         patch.setattr(torch, "save", interrupted_save)
         assert train(part, *RUN) == 130
     assert not list(part.rglob("*.tmp.*"))
-    assert saved_step(part) == 3
-    assert train(part, f"resume={part}") == 0
-    assert differences(whole, part) == []
+    assert_goes_on(train, whole, part, 3)
 
 
 def test_ctrl_c_twice_waits_for_a_file_that_is_written_in_the_background(

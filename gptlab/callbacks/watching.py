@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import statistics
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gptlab.callbacks.averaging import average_in, averaged
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.steps import Budget, StepCallback
 from gptlab.engine import generate
-from gptlab.sharding import is_split
+from gptlab.sharding import is_split, of_first_rank
 from gptlab.tokenizer import EOS_ID
 
 log = logging.getLogger("gptlab")
@@ -151,6 +152,7 @@ class Samples(StepCallback):
             seed=self.seed,
             stop_id=EOS_ID,
             vocab_size=task.tokenizer.vocab_size,
+            agree=partial(of_first_rank, device=task.device) if is_split(task.model) else int,
         )
         return task.tokenizer.decode(new)
 
