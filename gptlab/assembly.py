@@ -109,8 +109,7 @@ def wants_compile(word: Any, node: dict[str, Any]) -> bool:
     is_split = "by" in (node.get("strategy") or {})
     if word is True and is_split:
         raise ValueError(
-            "compile=true: a network that is split over ranks is not compiled; "
-            "begin it with compile=auto, or use trainer=ddp"
+            "compile=true: a network that is split over ranks is not compiled; use compile=auto, or trainer=ddp"
         )
     if word != "auto" or is_split:
         return word is True

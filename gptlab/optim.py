@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from gptlab.cost import computes_in_bf16
 from gptlab.sharding import local, share, whole
+
+ONE_BY_ONE = {"fused": False, "foreach": False}  # a group's tensors are stepped one after another
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -30,10 +34,21 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     for group in groups:
         if group["kind"] == "vector":
             group["weight_decay"] = 0.0
+        if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
+            group |= ONE_BY_ONE  # what takes many tensors at once takes one sort of them
     return groups
 
 
-class Muon(torch.optim.Optimizer):
+def keep_kernels(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint, to be computed with as this machine does, not as the one that wrote it."""
+    groups = [
+        group | {name: own[name] for name in ONE_BY_ONE if name in own}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return state | {"param_groups": groups}
+
+
+class Muon(Optimizer):
     """Muon for the matrices of the blocks and AdamW for all the rest, behind one optimizer.
 
     It is torch's Muon (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025, section 2.2), so

@@ -20,7 +20,7 @@ log = logging.getLogger("gptlab")
 WHERE = tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy"))
 FREE = (
     *WHERE,
-    *("trainer.max_steps", "trainer.max_epochs", "max_time"),
+    *("compile", "trainer.max_steps", "trainer.max_epochs", "max_time"),
     *("callbacks.early_stopping.patience", "callbacks.early_stopping.min_delta"),
     *("logger", "validation.every_steps", "samples.every_steps", "log.every_steps", "trust"),
     *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "every_minutes", "keep_last", "background")),

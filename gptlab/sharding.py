@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from gptlab.model import GELU, Attention, SwiGLU
+from gptlab.model import GELU, Attention, Block, SwiGLU
 
 
 def whole(value: Any, order: Tensor | None = None) -> Any:
@@ -70,16 +70,33 @@ def norm_square(parameters: Iterable[Tensor], world_size: int) -> Tensor:
     return torch.stack(norms).sum(dim=0, keepdim=True)
 
 
-def split(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split a `GPT` over the ranks of `mesh`, (data_parallel, tensor_parallel), in place."""
+def split(model: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | None = None) -> None:
+    """Split a `GPT` over the ranks of `mesh`, (data_parallel, tensor_parallel), in place.
+
+    `computed_in`: the type in which autocast multiplies matrices, if not their own.
+    """
     rows, heads = mesh["data_parallel"], mesh["tensor_parallel"]
     if heads.size() > 1:
         for block in model.blocks:
             split_heads(block, heads)
     elif rows.size() > 1:
         for block in model.blocks:
-            fully_shard(block, mesh=rows)
+            split_rows(block, rows, computed_in)
         fully_shard(model, mesh=rows)
+
+
+def split_rows(block: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | None) -> None:
+    """Give each rank its share of the rows of every tensor (FSDP2), in place.
+
+    The matrices of a block are gathered as one, in the type in which they are multiplied: autocast would make that copy
+    of what was gathered in full, and keep it of every block until the backward pass. Norms, which it computes in
+    float32, are gathered with the embeddings; so not a bit of the result differs from that of whole copies.
+    """
+    if isinstance(block, Block):
+        policy = MixedPrecisionPolicy(computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard([block.attention, block.mlp], mesh=mesh, mp_policy=policy)
+    else:
+        fully_shard(block, mesh=mesh)
 
 
 def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
@@ -94,8 +111,6 @@ def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
             raise ValueError(
                 f"trainer=tp cannot split {type(part).__qualname__}, made of other parts; use trainer=fsdp"
             )
-        if any(name.endswith("bias") for name, _ in part.named_parameters()):
-            raise ValueError("trainer=tp: model.bias=true cannot be split yet; use trainer=fsdp")
     hidden = mlp.proj.in_features
     counts = {"n_head": attention.n_head, "n_kv_head": attention.n_kv_head, "mlp_width": hidden}
     for name, count in counts.items():

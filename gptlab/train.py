@@ -9,14 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors, jobs, ranks
 from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
-from gptlab.machine import hardware
 from gptlab.outcome import Outcome
 from gptlab.resume import config_text, find_run, require_same_config, resumed_config, save_config, saved_config
 from gptlab.run import RunFolder
@@ -96,7 +94,7 @@ def run(
         if ckpt_path is not None:  # the run's own; what it was made from may be gone
             tokenizer, state = load_tokenizer(folder.tokenizer, config.trusted(cfg)), checkpoint.load(ckpt_path)
             step = state["global_step"]
-            log.info("continuing from %s, at step %s%s", ckpt_path, f"{step:,}", other_machine(state))
+            log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
         elif cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
@@ -122,6 +120,8 @@ def run(
                 log.info("nothing to do: %s", ended)
                 outcome.nothing_to_do(state)
                 return 0
+            if changed := elsewhere(state, task.circumstances(trainer)):
+                log.info("close to the uninterrupted run, but not bit for bit: %s", changed)
         # Nothing that was there before has been touched up to here.
         if ranks.is_first():
             if resumes:
@@ -153,13 +153,11 @@ def why_ended(state: dict[str, Any], watchers: assembly.Watchers, overridden: di
     return None
 
 
-def other_machine(state: dict[str, Any]) -> str:
-    """What to say where a checkpoint comes from another machine; bit for bit is promised on the same kind alone."""
-    then, now = state[checkpoint.OWN_KEY]["hardware"], hardware(torch.device("cpu"))
-    if then is None:  # an older gptlab did not write it down
-        return ""
-    changed = [f"{key} {then[key]} then, {now[key]} now" for key in ("processor", "threads") if then[key] != now[key]]
-    return f" (close to the uninterrupted run, but not bit for bit: {'; '.join(changed)})" if changed else ""
+def elsewhere(state: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is no longer as it was when a checkpoint was written; where nothing is, all goes on bit for bit."""
+    then = state[checkpoint.OWN_KEY]["hardware"] or {}  # an older gptlab wrote less of it down
+    changed = [key for key in now if key in then and then[key] != now[key]]
+    return "; ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed)
 
 
 def describe_data(data: TextDataModule) -> str:

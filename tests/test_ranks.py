@@ -15,8 +15,12 @@ import torch
 import yaml
 from conftest import SMALL, door, prose
 from test_resume import assert_same_run, interrupted_at, weights
+from torch.distributed.device_mesh import init_device_mesh
 
 from gptlab import ranks
+from gptlab.model import GPT, GPTConfig
+from gptlab.sharding import split
+from gptlab.sharding import whole as whole_tensor
 
 STEPS = 12
 ALONE = tuple(word for word in SMALL if not word.startswith(("trainer=", "data.batch_size")))
@@ -374,10 +378,71 @@ def test_several_ranks_save_by_the_clock_once_at_a_time(whole):
     assert min(b - a for a, b in itertools.pairwise(saved)) > 3
 
 
-def test_biases_cannot_be_split_by_heads(whole):
-    done = run(whole, "biased", *KINDS["tp"], "model.bias=true")
-    assert done.returncode == 2
-    assert "trainer=tp: model.bias=true cannot be split yet; use trainer=fsdp" in done.stderr
+@pytest.mark.slow
+def test_the_network_of_gpt2_is_split_by_heads(whole, tmp_path):
+    """Its biases are split too, some of them; and one process goes on with what the ranks have saved of them."""
+    gpt2 = ("model.bias=true", "model.norm=layernorm", "model.mlp=gelu", "model.positions=learned")
+    for name, words in (("gpt2", ONE), ("gpt2-tp", KINDS["tp"])):
+        done = run(whole, name, *words, *gpt2, "model.qk_norm=false")
+        assert done.returncode == 0, done.stderr
+    assert_close(whole / "gpt2", whole / "gpt2-tp")
+    for then, now in (("gpt2-tp", ONE), ("gpt2", KINDS["tp"])):
+        part = interrupted_at(whole / then, 7, tmp_path / then)
+        where = [word for word in now if word.startswith(("trainer=", "trainer.devices"))]
+        done = door("train", f"resume={part}", "trainer.accelerator=cpu", *where, cwd=whole)
+        assert done.returncode == 0, done.stderr
+        assert_close(whole / "gpt2", part)
+
+
+def gather(rank: int, store: str, found: str) -> None:
+    """Train a network whose copies are whole, and one that is split, in bfloat16; write down what each came to."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    lines = []
+    for is_split in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=128, n_layer=3, n_embd=64, block_size=32))
+        shapes = {frozenset(parameter.shape) for parameter in model.blocks.parameters() if parameter.ndim == 2}
+        if is_split:
+            split(model, mesh, torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = torch.Generator().manual_seed(rank)
+        for _ in range(3):
+            tokens = torch.randint(0, 128, (4, 32), generator=batches)
+            kept = []
+
+            def keep(saved, kept=kept, shapes=shapes):
+                if saved.ndim == 2 and frozenset(saved.shape) in shapes:
+                    kept.append(saved.untyped_storage())
+                return saved
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), torch.autocast("cpu"):
+                logits = model(tokens)
+            copies = sum(storage.nbytes() for storage in kept)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+            loss.backward()
+            if not is_split:
+                for parameter in model.parameters():
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= 2
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = torch.cat([whole_tensor(parameter.detach()).flatten() for parameter in model.parameters()])
+        lines.append((float(loss), weights, copies))
+    torch.save(lines, f"{found}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_split_network_in_bfloat16_is_that_of_whole_copies_and_keeps_none(tmp_path):
+    """Bit for bit; and between forward and backward no rank holds a copy of the matrices of a block."""
+    torch.multiprocessing.spawn(gather, (str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)
+    for rank in (0, 1):
+        copied, gathered = torch.load(tmp_path / f"found-{rank}", weights_only=True)
+        assert copied[0] == gathered[0]
+        assert torch.equal(copied[1], gathered[1])
+        assert copied[2] > 0
+        assert gathered[2] == 0
 
 
 def test_a_step_of_two_ranks_has_one_collective_besides_the_strategys_own(whole):

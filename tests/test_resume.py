@@ -203,12 +203,23 @@ def test_another_machine_is_said_and_not_refused(train, tmp_path, capsys):
     assert train(run, "trainer.max_steps=2") == 0
     path = run / "checkpoints/last.ckpt"
     state = torch.load(path, weights_only=True)
-    state["gptlab"]["hardware"] |= {"processor": "an abacus", "threads": 99}
+    state["gptlab"]["hardware"] |= {"processor": "an abacus", "threads": 99, "compiled": True, "ranks": 3}
     checkpoint.save(state, path)
     assert train(run, f"resume={run}", "trainer.max_steps=3") == 0
     said = capsys.readouterr().out
     assert "not bit for bit: processor an abacus then" in said
-    assert "threads 99 then" in said
+    for changed in ("threads 99 then", "ranks 3 then, 1 now", "compiled True then, False now"):
+        assert changed in said
+    assert train(run, f"resume={run}", "trainer.max_steps=4") == 0
+    assert "not bit for bit" not in capsys.readouterr().out
+
+
+def test_compiling_may_change_when_a_run_goes_on(train, tmp_path, capsys):
+    """As it must where the network is split from there on."""
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=2", "compile=true") == 0
+    assert train(run, f"resume={run}", "trainer.max_steps=3", "compile=false") == 0
+    assert "compiled True then, False now" in capsys.readouterr().out
 
 
 def test_a_run_saved_in_the_background_is_the_same_run(train, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,12 +17,13 @@ from gptlab.data.module import data_rank
 from gptlab.losses import document_layout, masked_sum, token_nll
 from gptlab.machine import hardware
 from gptlab.model import GPT
-from gptlab.optim import parameter_groups
+from gptlab.optim import keep_kernels, parameter_groups
 from gptlab.sharding import local, norm_square, split
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
 REQUESTS = ("interrupt", "terminate", "time", "save")  # what ranks ask of each other
+MATRICES_IN = {"bf16-mixed": torch.bfloat16}  # where that is not the type of the weights
 SKIPS_IN_A_ROW = 10  # after so many, the weights themselves are at fault
 REMEDY = (
     "Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
@@ -79,7 +80,7 @@ class LMTask(LightningModule):
     def configure_model(self) -> None:
         """Split the network over the ranks of a strategy that splits it."""
         if self.device_mesh is not None:
-            split(self.model, self.device_mesh)
+            split(self.model, self.device_mesh, MATRICES_IN.get(self.trainer.precision))
 
     def on_fit_start(self) -> None:
         for name in ("step_sums", "interval_sums", "gradient_norm", "requests", "requested"):
@@ -176,6 +177,7 @@ class LMTask(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(parameter_groups(self.model))
+        optimizer.register_load_state_dict_pre_hook(keep_kernels)
         schedule = LambdaLR(optimizer, lambda step: self.schedule(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -187,8 +189,13 @@ class LMTask(LightningModule):
         state[checkpoint.OWN_KEY] |= {
             "interval_sums": self.interval_sums.clone(),
             "skipped_steps": self.skipped_steps,
-            "hardware": hardware(self.device),
+            "hardware": self.circumstances(self.trainer),
         }
+
+    def circumstances(self, trainer: Trainer) -> dict[str, Any]:
+        """All that a run goes on bit for bit on, where it stays the same."""
+        found = hardware(trainer.strategy.root_device) | {"ranks": trainer.world_size, "compiled": self.compiled}
+        return found | {"precision": trainer.precision}
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
         self.interval_sums.copy_(state[checkpoint.OWN_KEY]["interval_sums"])
