@@ -1,9 +1,13 @@
 """What the tests share: a small text, a small model, and running doors in this process or in another."""
 
+import atexit
+import multiprocessing
 import os
 import random
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,17 +93,40 @@ def train(text_file: Path) -> Callable[..., int]:
     return run
 
 
+# Importing torch and Lightning takes longer than most runs here. A door is a fork of a process that has imported them,
+# and nothing of gptlab; what is about signals, and what doors start themselves, are interpreters of their own.
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["lightning.pytorch", "hydra", "tensorboard", "typeguard", "rich.table", "pooch"])
+
+
 def door(*arguments: str, cwd: Path | None = None, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
     """Run `python -m gptlab.<arguments>` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", f"gptlab.{arguments[0]}", *arguments[1:]],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | env,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as written:
+        output, errors = Path(written, "output"), Path(written, "errors")
+        process = WARM.Process(
+            target=_enter, args=(arguments, os.environ | env, str(cwd or Path.cwd()), output, errors)
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout, output.read_text(), errors.read_text())
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
+
+
+def _enter(arguments: tuple[str, ...], env: dict[str, str], cwd: str, *written: Path) -> None:
+    """What a fork does to become `python -m gptlab.<arguments>`."""
+    for number, path in enumerate(written, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path.insert(0, cwd)
+    sys.argv = ["-m", *arguments[1:]]
+    try:
+        runpy.run_module(f"gptlab.{arguments[0]}", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, SMALL, prose
+from conftest import REPOSITORY, SMALL, door, prose
 
 PAGE = (REPOSITORY / "docs/extending.md").read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -40,13 +40,12 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_recipe_trains(command, folder):
-    _, *arguments = shlex.split(command)
+    *python, name = shlex.split(command)[:3]
+    assert python == ["python", "-m"], command
     options = [*QUICK, "trainer.max_steps=3", "run_dir=run"]
     if "data=" not in command and "experiments=mine" not in command.split("attention=")[0]:
         options.append("data.files=fables.txt")
-    done = subprocess.run(
-        [sys.executable, *arguments, *options], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = door(name.removeprefix("gptlab."), *shlex.split(command)[3:], *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "run/checkpoints/last.ckpt").exists()
 

@@ -45,7 +45,7 @@ def assert_nothing_lost(rows: list[dict]) -> None:
 
 
 def test_faults_lose_no_step(tmp_path):
-    rows = table(tmp_path, "--kills", "4", "--trials", "1", "--only", FEW, timeout=300)
+    rows = table(tmp_path, "--kills", "3", "--trials", "1", "--only", FEW, timeout=300)
     assert len(rows) == 3
     assert_nothing_lost(rows)
 
