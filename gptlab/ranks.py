@@ -1,13 +1,16 @@
 """Which of several processes this is: known from its environment, before any of them has met another."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from gptlab.signals import PARENT
 
 GO_ON = "all ranks end; go on with resume=<run folder>"
 GRACE_S = 5  # for a process to notice by itself that another is gone: its own message is the better one
@@ -23,10 +26,11 @@ def is_first() -> bool:
 
 def name() -> str:
     """How messages call this process."""
-    for variable, word in (("RANK", "rank"), ("SLURM_PROCID", "rank"), ("LOCAL_RANK", "local rank")):
+    for variable in ("RANK", "SLURM_PROCID"):
         if os.environ.get(variable):
-            return f"{word} {os.environ[variable]}"
-    return f"node {os.environ.get('NODE_RANK', 0)}"
+            return f"rank {os.environ[variable]}"
+    node, local = (os.environ.get(variable) or "0" for variable in ("NODE_RANK", "LOCAL_RANK"))
+    return f"local rank {local}" + (f" of node {node}" if node != "0" else "")
 
 
 def started_outside() -> bool:
@@ -77,6 +81,16 @@ def watch_leader() -> None:
     """End this process when the one that has started it is gone."""
     leader = os.getppid()
     _watch(lambda: None if os.getppid() == leader else "the first process has ended")
+
+
+@contextlib.contextmanager
+def ending_with_this_process() -> Iterator[None]:
+    """Processes that are started in here get SIGTERM when this one is gone, however it ends."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[PARENT]
 
 
 _ending = threading.Event()

@@ -4,7 +4,7 @@ import signal
 
 # Ctrl-C; a scheduler; SLURM, before the time is up, and submitit on SLURM
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PARENT = "GPTLAB_PARENT"  # names the process that a job of a sweep ends with
+PARENT = "GPTLAB_PARENT"  # names the process that another ends with: a job with its sweep, a rank with the first one
 
 
 def exit_code(signum: int) -> int:

@@ -20,6 +20,8 @@ def begin(door: str) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may have seen enough
         print(page)
         sys.exit(0)
+    if os.environ.get("GPTLAB_DEBUG") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are pages of addresses
     for signum in SIGNALS:
         signal.signal(signum, leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked where a worker of Ray or submitit starts this

@@ -1,7 +1,6 @@
 """Several processes: a copy of the network on each, or one network split over them. torch.distributed does the work."""
 
 import atexit
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gptlab import checkpoint, ranks
+from gptlab import checkpoint, meeting, ranks
 from gptlab.sharding import row_orders, share, whole
 
 
@@ -20,7 +19,8 @@ class Launcher(_SubprocessScriptLauncher):
     """Starts the other processes of this machine. Where Lightning would kill all without a word, this one says why."""
 
     def _call_children_scripts(self) -> None:
-        super()._call_children_scripts()
+        with ranks.ending_with_this_process():
+            super()._call_children_scripts()
         ranks.watch_followers(self.procs)
         self.procs = []
 
@@ -33,22 +33,22 @@ class Launching:
             self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
-        if ranks.devices_given() and not torch.distributed.is_initialized():
+        if not torch.distributed.is_initialized():
             self._meet()
         super().setup_environment()
 
     def _meet(self) -> None:
-        """Find the other ranks that torchrun has started, and those of this start alone.
-
-        Its store outlives a restart, with the addresses of the ranks that are gone: whoever is first would call them.
-        """
+        """Find the other ranks. Lightning's own way waits inside of torch, where no signal is heard."""
         on_gpu = self.root_device.type == "cuda"
-        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=self._timeout))
+        self.set_world_ranks()
+        place = self.cluster_environment
         torch.distributed.init_process_group(
             self._get_process_group_backend(),
-            store=torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
-            rank=rank,
-            world_size=world,
+            store=meeting.meet(
+                place.main_address, place.main_port, place.global_rank(), place.world_size(), self._timeout
+            ),
+            rank=place.global_rank(),
+            world_size=place.world_size(),
             timeout=self._timeout,
             device_id=self.root_device if on_gpu else None,
         )

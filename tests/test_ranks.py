@@ -5,9 +5,11 @@ import csv
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from conftest import SMALL, door, prose
 from test_resume import assert_same_run, interrupted_at, weights
 from torch.distributed.device_mesh import init_device_mesh
 
-from gptlab import ranks
+from gptlab import meeting, ranks
 from gptlab.model import GPT, GPTConfig
 from gptlab.sharding import split
 from gptlab.sharding import whole as whole_tensor
@@ -257,8 +259,10 @@ def test_what_befalls_one_rank_ends_all_and_the_run_goes_on_exactly(on_two_ranks
     folder = on_two_ranks
     (folder / "fault-was-here").unlink(missing_ok=True)
     part = tmp_path / "part"
-    done = run(folder, str(part), *KINDS["ddp"], "model.dropout=0.3", *fault(rank, signum))
-    assert done.returncode == code, done.stderr
+    command = [sys.executable, "-m", "gptlab.train", f"data.files={folder / 'text.txt'}", *RUN, *KINDS["ddp"]]
+    command += ["model.dropout=0.3", *fault(rank, signum), f"run_dir={part}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr  # all of it: the pipe is open until the last rank has ended
     if signum == 9:
         assert "go on with resume=<run folder>" in done.stderr
         assert "Traceback" not in done.stderr
@@ -273,6 +277,75 @@ def test_what_befalls_one_rank_ends_all_and_the_run_goes_on_exactly(on_two_ranks
     again = door("train", f"resume={part}", "seed=77", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert_same_run(folder / "whole", part)
+
+
+@pytest.mark.parametrize(
+    ("signum", "to_all", "code"),
+    [
+        (signal.SIGTERM, False, 143),
+        pytest.param(signal.SIGINT, True, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_while_ranks_wait_for_each_other_ends_them_all_in_an_orderly_way(
+    whole, tmp_path, signum, to_all, code
+):
+    """As a terminal's Ctrl-C does, to all; or a scheduler's, to the first one alone."""
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "gptlab.train", f"data.files={whole / 'text.txt'}", *RUN, *KINDS["ddp"]]
+    process = subprocess.Popen(
+        [*command, "trainer.max_steps=100000", f"run_dir={path}"],
+        cwd=whole,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    line = "none"
+    while line and "windows on" not in line:  # from here on it starts the other one, whose imports take seconds
+        line = process.stdout.readline()
+    time.sleep(0.5)
+    (os.killpg if to_all else os.kill)(process.pid, signum)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == code, errors
+    assert json.loads((path / "status.json").read_text())["status"] == "interrupted"
+    assert output.splitlines()[-1] == f"run: {path}"
+    assert errors == ""
+    deadline = time.monotonic() + 10
+    while processes_in(path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_in(path) == []
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ("0", "1 of 2 ranks have come to 127.0.0.1:29977, after 2 s: start all of them, each machine with its own"),
+        ("1", "rank 1 of 2 finds nobody at 127.0.0.1:29978, after 2 s: start all of them"),
+    ],
+)
+def test_a_host_that_stays_alone_says_who_is_missing(whole, node, said):
+    hosts = ("trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2", "trainer.strategy.timeout_s=2")
+    address = {"NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"2997{7 + int(node)}"}
+    options = (f"data.files={whole / 'text.txt'}", *RUN, *hosts, "data.batch_size=4", f"run_dir={whole / node}")
+    done = door("train", *options, cwd=whole, **address)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_meet_anew_at_each_start_and_two_of_one_number_are_refused(monkeypatch):
+    """In one store, as torchrun keeps it over its restarts."""
+    keeper = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    here = ("127.0.0.1", keeper.port)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        with pytest.raises(TimeoutError, match="1 of 2 ranks have come"):
+            meeting.meet(*here, rank=0, world=2, timeout=timedelta(seconds=0.2))
+        meeting.meet(*here, rank=1, world=2, timeout=timedelta(seconds=5))
+        with pytest.raises(ValueError, match="two processes take themselves for rank 1 of 2"):
+            meeting.meet(*here, rank=1, world=2, timeout=timedelta(seconds=5))
 
 
 @pytest.mark.slow
