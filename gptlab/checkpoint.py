@@ -20,8 +20,10 @@ OWN_KEY = "gptlab"  # our part of a checkpoint: {format, model, tokenizer, ...}
 MODEL_PREFIX = "model."  # where the network's weights stand in `state_dict`
 
 
-def save(checkpoint: dict[str, Any], path: Path, links: Sequence[Path] = ()) -> None:
+def save(checkpoint: dict[str, Any], path: Path, links: Sequence[Path] = (), spare: Path | None = None) -> None:
     """Write a checkpoint atomically, enter it in its folder's manifest, and give it the further names `links`.
+
+    The file that was there before is kept as `spare`.
 
     Raises OSError, naming the file, when the disk is full or read-only; what was there before stays.
     """
@@ -37,7 +39,7 @@ def save(checkpoint: dict[str, Any], path: Path, links: Sequence[Path] = ()) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, tensor_bytes(checkpoint))
-        write_listed(path, write, checkpoint.get("global_step", -1), links)
+        write_listed(path, write, checkpoint.get("global_step", -1), links, spare)
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; no checkpoint was written, an older one is as it was", str(path)

@@ -140,8 +140,13 @@ class Manifest:
             return f"it has {size:,} bytes and should have {' or '.join(f'{n:,}' for n in sizes) or 'another number'}"
         return None if sha256_of_file(path) in known else f"its bytes are none that {MANIFEST} knows: it is damaged"
 
-    def add(self, sha256: str, size: int, step: int, names: Sequence[str]) -> None:
-        """Enter a file that is about to have these names, and drop entries that no file can have any more."""
+    def add(self, sha256: str, size: int, step: int, names: Sequence[str], spare: str | None = None) -> None:
+        """Enter a file that is about to have these names, and drop entries that no file can have any more.
+
+        The file that had the first of them until now is called `spare` from here on.
+        """
+        if spare is not None and (place := self.place_of(self.folder / names[0])) >= 0:
+            self.entries[place]["names"].append(spare)
         self.entries.append({"sha256": sha256, "bytes": size, "step": step, "names": list(names)})
         count: dict[str, int] = {}
         kept = []
@@ -156,8 +161,13 @@ class Manifest:
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
-def write_listed(path: Path, write: Callable[[BinaryIO], None], step: int, links: Sequence[Path] = ()) -> None:
-    """Write `path` atomically and enter it in its folder's manifest; `links` become further names of the same file."""
+def write_listed(
+    path: Path, write: Callable[[BinaryIO], None], step: int, links: Sequence[Path] = (), spare: Path | None = None
+) -> None:
+    """Write `path` atomically and enter it in its folder's manifest.
+
+    `links` become further names of the same file, and `spare` the name of the one that was `path` before.
+    """
     hashed: list[_Hashed] = []
 
     def write_hashed(file: BinaryIO) -> None:
@@ -166,7 +176,9 @@ def write_listed(path: Path, write: Callable[[BinaryIO], None], step: int, links
 
     with _complete(path, write_hashed) as temporary:
         names = [path.name, *(other.name for other in links)]
-        Manifest(path.parent).add(hashed[0].digest.hexdigest(), hashed[0].size, step, names)
+        if spare is not None and path.exists():
+            link(path, spare)
+        Manifest(path.parent).add(hashed[0].digest.hexdigest(), hashed[0].size, step, names, spare and spare.name)
         for other in links:  # first: whoever goes on from `path` never makes them again
             link(temporary, other)
         os.replace(temporary, path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ from typing import Any
 
 from gptlab.signals import PARENT
 
-GO_ON = "all ranks end; go on with resume=<run folder>"
 GRACE_S = 5  # for a process to notice by itself that another is gone: its own message is the better one
 RUN = "GPTLAB_RUN"  # what the first process of a machine tells those that Lightning starts from it
 
@@ -56,6 +56,12 @@ def tell_followers(run: dict[str, Any]) -> None:
     os.environ[RUN] = json.dumps(run)
 
 
+def go_on() -> str:
+    """How a run that has lost a rank continues."""
+    run_dir = json.loads(os.environ[RUN])["run_dir"] if RUN in os.environ else "<run folder>"
+    return f"all ranks end; go on with resume={run_dir}"
+
+
 def leader_said() -> dict[str, Any] | None:
     """What the process that this one was started from has told; None in that process itself, and under torchrun."""
     if int(os.environ.get("LOCAL_RANK") or 0) and RUN in os.environ and not started_outside():
@@ -66,15 +72,25 @@ def leader_said() -> dict[str, Any] | None:
 def watch_followers(followers: Sequence[subprocess.Popen]) -> None:
     """End this process and the others when one that it has started is lost, rather than wait for it."""
 
-    def lost() -> str | None:
-        failed = [process for process in followers if process.poll() not in (None, 0)]
-        return f"a process that this one has started ended with code {failed[0].returncode}" if failed else None
+    _followers[:] = followers
 
     def end() -> None:
         for process in followers:
             process.kill()
 
-    _watch(lost, end)
+    _watch(lost_follower, end)
+
+
+_followers: list[subprocess.Popen] = []
+
+
+def lost_follower() -> str | None:
+    """Which of the processes that this one has started has failed, and how; None where it has started none that did."""
+    for local_rank, process in enumerate(_followers, start=1):
+        if code := process.poll():
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with code {code}"
+            return f"local rank {local_rank} {how}"
+    return None
 
 
 def watch_leader() -> None:
@@ -109,7 +125,7 @@ def _watch(lost: Callable[[], str | None], end: Callable[[], None] = lambda: Non
         end()
         if not _ending.is_set():
             who = "" if is_first() else f"{name()}: "
-            print(f"{who}error: {reason}; {GO_ON}", file=sys.stderr, flush=True)
+            print(f"{who}error: {reason}; {go_on()}", file=sys.stderr, flush=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch").start()

@@ -174,7 +174,7 @@ def find_run(cfg: dict[str, Any]) -> tuple[RunFolder, Path | None] | None:
 def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The newest file of a run that is whole; None where the run never saved. Says what is wrong with newer ones.
 
-    Raises ValueError if there are files and none is whole: starting over in silence would lose the run.
+    Raises ValueError if there are or were files and none is whole: starting over in silence would lose the run.
     """
     manifest = Manifest(folder.checkpoints)
     files = sorted(folder.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -189,8 +189,12 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
         for passed_over in faults:
             log.warning("passed over: %s", passed_over)
         return path
+    remedy = "put a whole one there, or begin anew with another run_dir"
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ValueError("\n".join([*faults, f"no whole checkpoint is left: {remedy}"]))
+    steps = {entry["step"] for entry in manifest.entries}  # a crash may enter one that never came to be; hardly two
+    if len(steps) > 1 or folder.status().get("status") == "completed":
+        raise ValueError(f"{folder.checkpoints}: no checkpoint is left of a run that had some: {remedy}")
     return None
 
 

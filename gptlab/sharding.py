@@ -99,6 +99,24 @@ def split_rows(block: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | No
         fully_shard(block, mesh=mesh)
 
 
+def require_splittable(model: nn.Module, ranks: int) -> None:
+    """Raise ValueError where `split_heads` cannot share the blocks of a `GPT` among so many ranks."""
+    for block in model.blocks:
+        parts = [block, block.attention, block.mlp] if isinstance(block, Block) else [block]
+        for part in parts:
+            if type(part).__init__ not in [kind.__init__ for kind in (Block, Attention, SwiGLU, GELU)]:
+                raise ValueError(
+                    f"trainer=tp cannot split {type(part).__qualname__}, made of other parts; use trainer=fsdp"
+                )
+        heads, width = block.attention, block.mlp.proj.in_features
+        counts = {"n_head": heads.n_head, "n_kv_head": heads.n_kv_head, "mlp_width": width}
+        for name, count in counts.items():
+            if count % ranks:
+                raise ValueError(
+                    f"model.{name}={count} cannot be shared by {ranks} ranks: use a trainer.devices that divides it"
+                )
+
+
 def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
     """Give each rank its share of the heads and of the MLP's width (Shoeybi et al. 2019, section 3), in place.
 
@@ -106,19 +124,7 @@ def split_heads(block: nn.Module, mesh: DeviceMesh) -> None:
     Embeddings, norms and the output head stay whole on every rank.
     """
     ranks, attention, mlp = mesh.size(), block.attention, block.mlp
-    for part, known in ((attention, (Attention,)), (mlp, (SwiGLU, GELU))):
-        if type(part).__init__ not in [kind.__init__ for kind in known]:
-            raise ValueError(
-                f"trainer=tp cannot split {type(part).__qualname__}, made of other parts; use trainer=fsdp"
-            )
-    hidden = mlp.proj.in_features
-    counts = {"n_head": attention.n_head, "n_kv_head": attention.n_kv_head, "mlp_width": hidden}
-    for name, count in counts.items():
-        if count % ranks:
-            raise ValueError(
-                f"model.{name}={count} cannot be shared by {ranks} ranks: use a trainer.devices that divides it"
-            )
-    width = attention.head_width
+    hidden, width = mlp.proj.in_features, attention.head_width
     split_pair(
         attention, "qkv", [n * width for n in (attention.n_head, attention.n_kv_head, attention.n_kv_head)], mesh
     )

@@ -13,11 +13,12 @@ from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors, jobs, ranks
 from gptlab.callbacks.averaging import average_in
-from gptlab.data.module import TextDataModule, data_rank
+from gptlab.data.module import TextDataModule, data_rank, tensor_ranks
 from gptlab.inherit import inherit
 from gptlab.outcome import Outcome
 from gptlab.resume import config_text, find_run, require_same_config, resumed_config, save_config, saved_config
 from gptlab.run import RunFolder
+from gptlab.sharding import require_splittable
 from gptlab.tokenizer import load_tokenizer
 
 log = logging.getLogger("gptlab")
@@ -96,7 +97,9 @@ def run(
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
-        elif cfg["init_from"]:
+        elif resumes:
+            log.info("no checkpoint yet: the run begins at step 0")
+        if state is None and cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
             saved_cfg = cfg
         data = assembly.build_data(cfg, tokenizer)
@@ -111,6 +114,8 @@ def run(
         outcome.watch(task, data, watchers, cfg.get("parent"))
         loggers = assembly.build_loggers(cfg["logger"], folder, step if resumes else None)
         trainer = assembly.build_trainer(cfg, watchers, loggers, doors.on_terminal(), folder.path)
+        if (sharing := tensor_ranks(trainer)) > 1:
+            require_splittable(model, sharing)
         if state is not None:
             require_same_config(saved_cfg, state, folder)
             data.require_same(state[type(data).__qualname__], trainer)

@@ -80,6 +80,7 @@ def test_last_is_the_last_step_and_best_the_lowest_loss_though_the_loss_rises(tr
     assert (figures["best_step"], figures["best_val_loss"]) == (best, losses[best])
     assert step_of(run / "checkpoints/last.ckpt") == 60
     assert step_of(run / "checkpoints/best.ckpt") == best
+    assert not (run / "checkpoints/previous.ckpt").exists()  # two files are enough
     assert figures["checkpoints"] == {"best": "checkpoints/best.ckpt", "last": "checkpoints/last.ckpt"}
 
 

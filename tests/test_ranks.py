@@ -214,6 +214,12 @@ def test_ranks_that_cannot_share_a_step_are_refused(whole, tmp_path):
     assert "a step of this run has 8 windows, which 3 ranks cannot share" in done.stderr
 
 
+def test_heads_that_ranks_cannot_share_are_refused_before_these_start(whole):
+    done = run(whole, "thirds", *KINDS["tp"], "trainer.devices=3")
+    assert done.returncode == 2
+    assert done.stderr == "error: model.n_head=2 cannot be shared by 3 ranks: use a trainer.devices that divides it\n"
+
+
 def test_a_split_network_is_not_compiled(whole):
     done = run(whole, "compiled", *KINDS["fsdp"], "compile=true")
     assert done.returncode == 2
@@ -264,7 +270,8 @@ def test_what_befalls_one_rank_ends_all_and_the_run_goes_on_exactly(on_two_ranks
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr  # all of it: the pipe is open until the last rank has ended
     if signum == 9:
-        assert "go on with resume=<run folder>" in done.stderr
+        assert f"all ranks end; go on with resume={part}" in done.stderr
+        assert ("local rank 1 was ended by SIGKILL" in done.stderr) == (rank == 1)
         assert "Traceback" not in done.stderr
     else:
         assert json.loads((part / "status.json").read_text())["status"] == "interrupted"

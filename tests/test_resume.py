@@ -138,6 +138,40 @@ def test_damaged_checkpoint_falls_back_to_the_newest_valid_one_and_says_so(train
     assert_same_run(whole, part)
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_no_damaged_file_takes_all_there_is(train, tmp_path, capsys, background):
+    """The newest state is the best one too, and both names are one file; a second one holds the state before."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = (*RUN, "schedule=constant", "checkpoint.keep_last=0", f"checkpoint.background={background}")
+    assert train(whole, *options) == 0
+    assert train(part, *options, "trainer.max_steps=6") == 0
+    folder = part / "checkpoints"
+    assert (folder / "last.ckpt").samefile(folder / "best.ckpt")
+    assert len({path.stat().st_ino for path in folder.glob("*.ckpt")}) == 2
+    truncate(folder / "last.ckpt")
+    capsys.readouterr()
+    assert train(part, f"resume={part}", f"trainer.max_steps={STEPS}") == 0
+    assert f"continuing from {folder / 'previous.ckpt'}, at step 5" in capsys.readouterr().out
+    assert_same_run(whole, part)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, *RUN, "trainer.max_steps=3") == 0
+    before = (run / "metrics.csv").read_text()
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no checkpoint is left of a run that had some: put a whole one there"):
+        train(run, f"resume={run}")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="no checkpoint is left"):
+        train(run, f"resume={run}")
+    assert (run / "metrics.csv").read_text() == before
+    (run / "status.json").write_text(json.dumps({"status": "running", "step": 0, "pid": 1}))  # killed, too early
+    assert train(run, f"resume={run}") == 0
+    assert "no checkpoint yet: the run begins at step 0" in capsys.readouterr().out
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, *RUN, "trainer.max_steps=3") == 0

@@ -28,9 +28,9 @@ log = logging.getLogger("gptlab")
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's checkpoints through gptlab's own files: whole or not at all, listed in a manifest, never run as code.
 
-    `storage_options` are {"links": further names of the file, "drop": files to remove once it has them}. With
-    `background`, a copy of the state is written while training goes on; one file at a time, so that what is on disk is
-    the same as without, some steps later.
+    `storage_options` are {"links": further names of the file, "spare": a name for the one before it, "drop": files to
+    remove once all have their names}. With `background`, a copy of the state is written while training goes on; one
+    file at a time, so that what is on disk is the same as without, some steps later.
     """
 
     def __init__(self, background: bool):
@@ -41,14 +41,18 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.wait()
         options = storage_options or {}
-        arguments = (Path(path), options.get("links", []), options.get("drop", []))
+        arguments = (Path(path), options.get("links", []), options.get("spare"), options.get("drop", []))
         if not self.background:
             self._write(checkpoint_dict, *arguments)
             return
         self._pending = self._writer.submit(self._write, tree_map(copied, checkpoint_dict), *arguments)
 
-    def _write(self, checkpoint_dict: dict[str, Any], path: Path, links: list[Path], drop: list[Path]) -> None:
-        checkpoint.save(checkpoint_dict, path, links)
+    def _write(
+        self, checkpoint_dict: dict[str, Any], path: Path, links: list[Path], spare: Path | None, drop: list[Path]
+    ) -> None:
+        if spare is not None:
+            spare.unlink(missing_ok=True)  # never three at a time: disks are sized for two
+        checkpoint.save(checkpoint_dict, path, links, spare)
         for old in drop:
             old.unlink(missing_ok=True)
 
@@ -133,8 +137,9 @@ class Checkpoints(StepCallback):
 
     The last is written every `every_steps` optimizer steps, every `every_epochs` epochs, `every_minutes` minutes after
     the one before, after every validation, and at the end. Where a validation follows a step, saving waits for it, so
-    that no resumed run misses it or repeats it. `keep_last` of those at intervals stay as step-<n>.ckpt. With
-    `background`, training goes on while a copy of the state is written.
+    that no resumed run misses it or repeats it. `keep_last` of those at intervals stay as step-<n>.ckpt. One file may
+    have several of these names; where no second one would be left if it were damaged, the last but one stays as
+    previous.ckpt. With `background`, training goes on while a copy of the state is written.
     """
 
     def __init__(
@@ -163,6 +168,7 @@ class Checkpoints(StepCallback):
         self.best_step: int | None = None
         self.saved_step = -1
         self._saved_at = 0.0
+        self._has_saved = False
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self.files
@@ -223,13 +229,18 @@ class Checkpoints(StepCallback):
     def _save(self, trainer: Trainer, keep: bool = False, is_best: bool = False) -> None:
         trainer.lightning_module.require_finite()
         self.files.wait()  # what it writes counts among those that are kept
-        links, drop = [], []
-        if is_best:
-            links.append(self.folder / "best.ckpt")
+        best, previous = self.folder / "best.ckpt", self.folder / "previous.ckpt"
+        links, drop = [best] if is_best else [], []
+        steps = set(self.folder.glob("step-*.ckpt"))
         if keep and self.keep_last:
             links.append(self.folder / f"step-{trainer.global_step:08d}.ckpt")
-            drop = sorted({*self.folder.glob("step-*.ckpt"), links[-1]})[: -self.keep_last]
-        trainer.save_checkpoint(self.folder / "last.ckpt", storage_options={"links": links, "drop": drop})
+            drop = sorted({*steps, links[-1]})[: -self.keep_last]
+        stay = steps.union([best] if best.exists() else []).difference(links, drop)
+        names = {"links": links, "drop": drop if not stay else [*drop, previous]}
+        if not stay and self._has_saved:  # of what was there before this process, nobody knows whether it is whole
+            names["spare"] = previous
+        trainer.save_checkpoint(self.folder / "last.ckpt", storage_options=names)
+        self._has_saved = True
         self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
         self.requests.ask("save", False)  # or the next step would carry it once more
 

@@ -146,9 +146,14 @@ class TextDataModule(LightningDataModule):
                 )
 
 
+def tensor_ranks(trainer: Trainer) -> int:
+    """How many ranks share each matrix of the network, and see the same data."""
+    return getattr(trainer.strategy, "tensor_ranks", 1)
+
+
 def data_rank(trainer: Trainer) -> tuple[int, int]:
     """(rank, number of ranks) among those that split each batch; ranks that share a network's tensors see the same."""
-    sharing = getattr(trainer.strategy, "tensor_ranks", 1)
+    sharing = tensor_ranks(trainer)
     return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
