@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer that torch lacks, and schedules as functions of the step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gptlab.cost import computes_in_bf16
 from gptlab.sharding import local, share, whole
 
+AT_ONCE = 2**26  # entries of matrices that Muon orthogonalises together: a quarter GiB, and a few times that in between
 ONE_BY_ONE = {"fused": False, "foreach": False}  # a group's tensors are stepped one after another
 
 
@@ -104,11 +105,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-        for shape, parameters in by_shape.items():
+        for parameters in batches([parameter for parameter in group["params"] if parameter.grad is not None]):
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -120,8 +117,19 @@ class Muon(Optimizer):
             updates = orthogonal(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
             own = [local(share(update, like)) for update, like in zip(updates, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # its entries are then as large as AdamW's
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))  # its entries are then as large as AdamW's
             torch._foreach_add_([local(parameter) for parameter in parameters], own, alpha=-rate)
+
+
+def batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The matrices in groups of one shape, none larger than what is computed at once."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for shape, alike in by_shape.items():
+        size = max(1, AT_ONCE // shape.numel())
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

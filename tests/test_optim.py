@@ -111,8 +111,11 @@ def naive_muon(matrices: list[Tensor], gradients: list[list[Tensor]]) -> list[Te
     return found
 
 
-def test_muon_is_the_naive_muon(monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 2**13, 2**26])
+def test_muon_is_the_naive_muon(monkeypatch, at_once):
+    """However many matrices it computes at a time."""
     monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: False)
+    monkeypatch.setattr("gptlab.optim.AT_ONCE", at_once)
     model = build()
     optimizer = Muon(parameter_groups(model), **SETTINGS)
     matrices = next(group["params"] for group in optimizer.param_groups if group["kind"] == "matrix")
