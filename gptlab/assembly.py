@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -146,13 +146,18 @@ def steps_to_train(node: dict[str, Any], steps_an_epoch: int) -> int:
     return min(limits)
 
 
+def device_kind(node: dict[str, Any]) -> type[Accelerator]:
+    """What Lightning calls the kind of device that the group `trainer` names."""
+    kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
+    return kinds[device_type(node["accelerator"])]
+
+
 def data_world(node: dict[str, Any]) -> int:
     """How many ranks will split each batch, by the values of the group `trainer`."""
     if given := ranks.devices_given():
         devices, nodes = given
     else:
-        kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
-        kind, devices, nodes = kinds[device_type(node["accelerator"])], node["devices"], node["num_nodes"]
+        kind, devices, nodes = device_kind(node), node["devices"], node["num_nodes"]
         if devices == "auto":
             devices = kind.auto_device_count() if node.get("strategy") else 1
         else:
