@@ -120,6 +120,8 @@ class Monitor(StepCallback):
 
     def _log(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         task.require_finite()
+        for name in ("train/loss", "train/gradient_norm"):  # nothing stands for an interval that was skipped
+            self.figures.pop(name, None)
         self.figures |= task.training_figures()
         now = time.perf_counter()
         if self._mark is not None and step > self._mark[1]:
@@ -134,7 +136,8 @@ class Monitor(StepCallback):
         logged = {"epoch": trainer.current_epoch, "seconds": round(self.budget.seconds, 3), **self.figures}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
-        task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
+        if "train/loss" in self.figures:
+            task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         self._mark = None
