@@ -13,6 +13,7 @@ from gptlab import checkpoint
 from gptlab.config import flat, is_below
 from gptlab.files import Manifest, write_atomically
 from gptlab.run import RunFolder, unfinished_runs
+from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 
 log = logging.getLogger("gptlab")
 
@@ -72,6 +73,16 @@ def copy_of_config(folder: RunFolder) -> tuple[Path, str] | tuple[None, None]:
         except (ValueError, KeyError):
             continue
     return None, None
+
+
+def saved_tokenizer(folder: RunFolder, path: Path, state: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer of a run; where its folder is damaged or gone, the copy in `state`, the checkpoint in `path`."""
+    try:
+        return load_tokenizer(folder.tokenizer, trust)
+    except ValueError as error:
+        fault = str(error).partition(": give ")[0]  # the remedy for who has named another
+        log.warning("%s; going on with the copy in %s", fault, path)
+        return tokenizer_from_state(state[checkpoint.OWN_KEY]["tokenizer"], trust)
 
 
 def parsed_config(text: bytes, path: Path) -> dict[str, Any]:

@@ -16,9 +16,16 @@ from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank
 from gptlab.inherit import inherit
 from gptlab.outcome import Outcome
-from gptlab.resume import config_text, find_run, require_same_config, resumed_config, save_config, saved_config
+from gptlab.resume import (
+    config_text,
+    find_run,
+    require_same_config,
+    resumed_config,
+    save_config,
+    saved_config,
+    saved_tokenizer,
+)
 from gptlab.run import RunFolder
-from gptlab.tokenizer import load_tokenizer
 
 log = logging.getLogger("gptlab")
 
@@ -92,7 +99,8 @@ def run(
         parent = tokenizer = state = None
         step, saved_cfg, world = 0, cfg, assembly.data_world(cfg["trainer"])
         if ckpt_path is not None:  # the run's own; what it was made from may be gone
-            tokenizer, state = load_tokenizer(folder.tokenizer, config.trusted(cfg)), checkpoint.load(ckpt_path)
+            state = checkpoint.load(ckpt_path)
+            tokenizer = saved_tokenizer(folder, ckpt_path, state, config.trusted(cfg))
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)

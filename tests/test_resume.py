@@ -265,6 +265,26 @@ def test_changed_data_is_refused_naming_both_fingerprints_and_nothing_is_lost(tr
     assert (status["status"], status["step"]) == ("completed", 2)
 
 
+@pytest.mark.parametrize("damage", ["gone", "broken", "half"])
+@pytest.mark.parametrize("kind", ["char", "sentencepiece"])
+def test_a_damaged_tokenizer_is_mended_from_the_checkpoint(train, tmp_path, capsys, kind, damage):
+    run = tmp_path / "run"
+    size = ("tokenizer.vocab_size=320",) if kind == "sentencepiece" else ()
+    assert train(run, "trainer.max_steps=2", f"tokenizer={kind}", *size) == 0
+    before = {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()}
+    sidecar = run / "tokenizer/gptlab_tokenizer.json"
+    if damage == "gone":
+        shutil.rmtree(run / "tokenizer")
+    else:
+        sidecar.write_text("{broken" if damage == "broken" else "{}")
+    assert train(run, f"resume={run}", "trainer.max_steps=4") == 0
+    said = capsys.readouterr().out
+    assert f"{run}/tokenizer" in said
+    assert f"going on with the copy in {run}/checkpoints/last.ckpt" in said
+    assert "tokenizer.path" not in said
+    assert {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()} == before
+
+
 def test_a_word_for_the_device_changes_where_a_run_goes_on_and_nothing_else(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=3", "trainer.accumulate_grad_batches=2") == 0
