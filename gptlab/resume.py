@@ -30,6 +30,10 @@ PARTS = (
     *("seed", "validation", "log", "checkpoint", "samples", "model", "data", "tokenizer"),
     *("task", "optimizer", "schedule", "trainer", "logger", "callbacks"),
 )
+KEEPS_ITS_CONFIG = (
+    "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):"
+)
+BOTH = "{}: the run has {!r}, the command line {!r} ({})"
 OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
 
 
@@ -238,12 +242,9 @@ def resumed_config(
             seed_ignored = True
         elif named != ["trainer"]:
             typed = ", ".join(sorted({overridden[name] for name in named}))
-            faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r} ({typed})")
+            faults.append(BOTH.format(key, then.get(key), now.get(key), typed))
     if faults:
-        raise ValueError(
-            "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
-            + "\n".join(faults[:10])
-        )
+        raise ValueError("\n".join([KEEPS_ITS_CONFIG, *faults[:10]]))
     # A word like trainer=gpu says where to run; what else stands in its config was not asked for.
     for name in WHERE:
         if "trainer" in overridden or any(is_below(given, (name,)) for given in overridden):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL, door
+from conftest import SMALL, door, prose
 from trials import differences, rows, weights
 
 from gptlab import checkpoint
@@ -257,8 +257,10 @@ def test_changed_data_is_refused_naming_both_fingerprints_and_nothing_is_lost(tr
     before, old = contents(run), json.loads((run / "result.json").read_text())["fingerprints"]["data"]
     text_file.write_text(text_file.read_text() + "More text.\n")
     assert train(run, f"resume={run}", "trainer.max_steps=4") == 2
-    found = re.findall(r"\b[0-9a-f]{64}\b", capsys.readouterr().err)
+    message = capsys.readouterr().err
+    found = re.findall(r"\b[0-9a-f]{64}\b", message)
     assert old in found
+    assert f"\nchanged: {text_file}\n" in message
     assert len(set(found)) == 2
     assert contents(run) == before
     status = json.loads((run / "status.json").read_text())
@@ -423,6 +425,45 @@ def commanded(text_file, monkeypatch, capsys):
         return exit_.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_text_that_is_no_longer_the_same_is_named_by_file(train, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcdef":
+        (texts / name).write_text(prose(100, seed=ord(name)))
+    run, data = tmp_path / "run", f"data.files={texts}/*"
+    assert train(run, data, "trainer.max_steps=1") == 0
+    (texts / "a").write_text(prose(100, seed=7))
+    (texts / "b").unlink()
+    (texts / "g").write_text(prose(100, seed=8))
+    capsys.readouterr()
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 2
+    message = capsys.readouterr().err
+    assert f"\nchanged: {texts}/a; missing: {texts}/b; new: {texts}/g\n" in message
+    for name in "cdefg":
+        (texts / name).unlink()
+    (texts / "a").write_text(prose(100, seed=ord("a")))
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 2
+    assert f"missing: {texts}/b, {texts}/c, {texts}/d and 2 more\n" in capsys.readouterr().err
+
+
+def test_a_key_that_only_the_run_has_is_refused_with_both_values(commanded, train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=1", "callbacks=[ema,early_stopping]") == 0
+    before = contents(run)
+    for place in (run, run / "checkpoints/last.ckpt"):
+        code, message = commanded(f"resume={place}", "callbacks.ema.decay=0.9")
+        assert code == 2
+        assert message.startswith("error: a resumed run keeps its config; leave these overrides out")
+        assert "callbacks.ema.decay: the run has 0.999, the command line 0.9 (callbacks.ema.decay=0.9)" in message
+    code, message = commanded(f"resume={run}", "callbacks.early_stopping.patience=9")
+    assert code == 2
+    assert "the run has 3; +callbacks.early_stopping.patience=9 changes it" in message
+    for other in (f"resume={run}", "resume=nowhere"):
+        code, message = commanded(other, "callbacks.emma.decay=0.9")
+        assert (code, "callbacks.emma.decay: there is no such key" in message) == (2, True)
+    assert contents(run) == before
 
 
 def test_what_an_experiment_says_counts_as_said(commanded, text_file, tmp_path):
