@@ -165,6 +165,10 @@ def data_world(node: dict[str, Any]) -> int:
     return 1 if (node.get("strategy") or {}).get("by") == "heads" else devices * nodes
 
 
+def counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
 def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[str, Any]:
     """The config with micro-batches such that `world` ranks take the same windows a step as the run always did."""
     batch, accumulate = cfg["data"]["batch_size"], cfg["trainer"]["accumulate_grad_batches"]
@@ -177,12 +181,12 @@ def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[s
         )
     share = windows_a_step // world
     batch = max(size for size in range(1, min(batch, share) + 1) if share % size == 0)
-    log.info(
-        "a step is %s micro-batches of %s windows on each of %s ranks now, together as before",
-        share // batch,
-        batch,
-        world,
+    micro_batches, windows = (
+        counted(share // batch, "micro-batch", "micro-batches"),
+        counted(batch, "window", "windows"),
     )
+    where = "on one rank" if world == 1 else f"on each of {world} ranks"
+    log.info("a step is %s of %s %s now, as many windows as before", micro_batches, windows, where)
     return cfg | {
         "data": cfg["data"] | {"batch_size": batch},
         "trainer": cfg["trainer"] | {"accumulate_grad_batches": share // batch},

@@ -34,7 +34,10 @@ def check(cfg: dict[str, Any]) -> None:
         raise ValueError("; ".join(faults))
     assembly.require_device(cfg["trainer"]["accelerator"])
     assembly.wants_compile(cfg["compile"], cfg["trainer"])
-    faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *schedule_faults(cfg)]
+    faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"])]
+    for node, said in (("optimizer", optimizer_faults), ("schedule", schedule_faults)):
+        if not any(fault.startswith(f"{node}.") for fault in faults):  # of the same value, in other words
+            faults += said(cfg)
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
     check_data(config.data_config(cfg["data"]))

@@ -63,7 +63,8 @@ def saved_config(folder: RunFolder) -> dict[str, Any]:
         path, text = copy_of_config(folder)
         if text is None:
             raise
-        log.warning("%s; going on with the copy in %s", error, path)
+        fault = error if folder.config.is_file() else f"{folder.config} is missing"
+        log.warning("%s; going on with the copy in %s", fault, path)
         return parsed_config(text.encode(), path)
 
 

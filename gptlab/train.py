@@ -181,7 +181,9 @@ def describe_data(data: TextDataModule) -> str:
 def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> str:
     """One line on the steps to come, and a word where the learning rate never reaches its peak."""
     windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"] * data_rank(trainer)[1]
-    line = f"{total_steps:,} steps of {windows} windows on {trainer.strategy.root_device}, {trainer.precision}"
+    device, count = trainer.strategy.root_device, trainer.world_size
+    where = device if count == 1 else f"{count} x {device.type}"
+    line = f"{total_steps:,} steps of {windows} windows on {where}, {trainer.precision}"
     warmup = cfg["schedule"].get("warmup_steps") or 0
     if warmup >= total_steps:
         line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"

@@ -223,6 +223,12 @@ def test_several_faults_are_said_together(refused):
         assert word in message
 
 
+def test_one_fault_is_said_once(refused):
+    message = refused("optimizer=adamw", "optimizer.lr=-1", "schedule=wsd", "schedule.decay_fraction=2")
+    assert message.count("-1") == message.count("decay_fraction=2") == 1
+    assert "Invalid learning rate" not in message
+
+
 def test_download_without_network(refused, tmp_path, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

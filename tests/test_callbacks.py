@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, prose
+from conftest import SMALL, door, prose
 
 from gptlab import checkpoint
 from gptlab.callbacks.record import MetricsFile, Monitor
@@ -33,7 +33,7 @@ RESULT = """
 INSIDE = {
     "fingerprints": "config data tokenizer code",
     "versions": "gptlab torch lightning python",
-    "hardware": "device processor threads",
+    "hardware": "device processor threads ranks",
     "checkpoints": "best last",
 }
 HISTORY = "step epoch seconds train_loss val_loss learning_rate tokens_per_second".split()
@@ -296,6 +296,19 @@ def test_early_stopping_is_a_word(train, tmp_path):
 
 
 # What is recorded
+
+
+def test_the_ranks_of_a_run_are_told(tmp_path, text_file):
+    run, small = tmp_path / "run", [word for word in SMALL if word != "trainer=cpu"]
+    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=1")
+    done = door("train", *small, *ranks, f"data.files={text_file}", f"run_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "1 steps of 8 windows on 2 x cpu, 32-true" in done.stdout
+    assert result(run)["hardware"]["ranks"] == 2
+    (run / "result.json").unlink()  # as a kill just before the end leaves it
+    again = door("train", f"resume={run}")
+    assert "nothing to do" in again.stdout
+    assert result(run)["hardware"]["ranks"] == 2
 
 
 def test_result_has_every_key_of_the_contract_and_nulls_for_what_was_not_measured(train, tmp_path):

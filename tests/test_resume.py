@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL, door, prose
+from conftest import SMALL, compose, door, prose
 from trials import differences, rows, weights
 
-from gptlab import checkpoint
+from gptlab import assembly, checkpoint, doors
 
 STEPS = 13  # an epoch has 5 of them
 RUN = (
@@ -425,6 +425,35 @@ def commanded(text_file, monkeypatch, capsys):
         return exit_.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_what_is_said_of_the_same_windows_on_other_ranks(capsys):
+    cfg = compose("data.batch_size=8", "trainer.accumulate_grad_batches=1")
+    doors.quiet()
+    said = {}
+    for world, windows in ((1, 8), (1, 16), (2, 16), (4, 12), (16, 16)):
+        fitted = assembly.fit_to_ranks(cfg, windows, world)
+        batch, accumulate = fitted["data"]["batch_size"], fitted["trainer"]["accumulate_grad_batches"]
+        assert batch * accumulate * world == windows
+        said[world, windows] = capsys.readouterr().out.strip()
+    assert said == {
+        (1, 8): "",
+        (1, 16): "a step is 2 micro-batches of 8 windows on one rank now, as many windows as before",
+        (2, 16): "",
+        (4, 12): "a step is 1 micro-batch of 3 windows on each of 4 ranks now, as many windows as before",
+        (16, 16): "a step is 1 micro-batch of 1 window on each of 16 ranks now, as many windows as before",
+    }
+
+
+def test_a_config_that_is_missing_is_said_to_be_no_more_than_that(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=1") == 0
+    (run / "config.yaml").unlink()
+    capsys.readouterr()
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 0
+    said = capsys.readouterr().out
+    assert f"{run}/config.yaml is missing; going on with the copy in {run}/checkpoints/" in said
+    assert "no run folder" not in said
 
 
 def test_text_that_is_no_longer_the_same_is_named_by_file(train, tmp_path, capsys):

@@ -166,14 +166,17 @@ class RunRecord(StepCallback):
         self.history: list[dict[str, Any]] = []
         self.validation: dict[str, float] = {}
         self.step, self.epochs, self.tokens = 0, 0.0, 0
-        self.device = torch.device("cpu")
+        self.device, self.ranks = torch.device("cpu"), 1
         self.weights = "raw"  # what the figures of validation are of
         self.config_text: str | None = None  # config.yaml, which checkpoints keep a copy of
         self._written = 0.0
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
-        self.device = task.device  # Lightning moves the network back before anybody asks
+        self.device, self.ranks = (
+            task.device,
+            trainer.world_size,
+        )  # Lightning moves the network back before anybody asks
         if average := average_in(trainer):
             self.weights = average.word
         self._write_status(trainer, trainer.global_step)
@@ -238,7 +241,7 @@ class RunRecord(StepCallback):
             "floor_bits_per_byte": None,
             "excess_bits_per_byte": None,
             "history": self.history,
-            "hardware": hardware(self.device),
+            "hardware": hardware(self.device) | {"ranks": self.ranks},
         }
 
 
