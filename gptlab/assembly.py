@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -146,18 +146,27 @@ def steps_to_train(node: dict[str, Any], steps_an_epoch: int) -> int:
     return min(limits)
 
 
+def device_kind(node: dict[str, Any]) -> type[Accelerator]:
+    """What Lightning calls the kind of device that the group `trainer` names."""
+    kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
+    return kinds[device_type(node["accelerator"])]
+
+
 def data_world(node: dict[str, Any]) -> int:
     """How many ranks will split each batch, by the values of the group `trainer`."""
     if given := ranks.devices_given():
         devices, nodes = given
     else:
-        kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "cpu": CPUAccelerator}
-        kind, devices, nodes = kinds[device_type(node["accelerator"])], node["devices"], node["num_nodes"]
+        kind, devices, nodes = device_kind(node), node["devices"], node["num_nodes"]
         if devices == "auto":
             devices = kind.auto_device_count() if node.get("strategy") else 1
         else:
             devices = len(kind.get_parallel_devices(kind.parse_devices(devices)))
     return 1 if (node.get("strategy") or {}).get("by") == "heads" else devices * nodes
+
+
+def counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[str, Any]:
@@ -172,12 +181,9 @@ def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[s
         )
     share = windows_a_step // world
     batch = max(size for size in range(1, min(batch, share) + 1) if share % size == 0)
-    log.info(
-        "a step is %s micro-batches of %s windows on each of %s ranks now, together as before",
-        share // batch,
-        batch,
-        world,
-    )
+    micro_batches, windows = counted(share // batch, "micro-batch", "micro-batches"), counted(batch, "window", "windows")
+    where = "on one rank" if world == 1 else f"on each of {world} ranks"
+    log.info("a step is %s of %s %s now, as many windows as before", micro_batches, windows, where)
     return cfg | {
         "data": cfg["data"] | {"batch_size": batch},
         "trainer": cfg["trainer"] | {"accumulate_grad_batches": share // batch},

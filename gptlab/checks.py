@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typeguard
 from hydra.utils import get_object
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from gptlab import assembly, config
@@ -32,7 +34,10 @@ def check(cfg: dict[str, Any]) -> None:
         raise ValueError("; ".join(faults))
     assembly.require_device(cfg["trainer"]["accelerator"])
     assembly.wants_compile(cfg["compile"], cfg["trainer"])
-    faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"]), *optimizer_faults(cfg), *schedule_faults(cfg)]
+    faults = [*value_faults(cfg), *trainer_faults(cfg["trainer"])]
+    for node, said in (("optimizer", optimizer_faults), ("schedule", schedule_faults)):
+        if not any(fault.startswith(f"{node}.") for fault in faults):  # of the same value, in other words
+            faults += said(cfg)
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
     check_data(config.data_config(cfg["data"]))
@@ -75,6 +80,24 @@ def trainer_faults(trainer: dict[str, Any]) -> Iterator[str]:
         yield f"trainer.gradient_clip_algorithm={algorithm!r}: only the norm is clipped; leave it out"
     if str(trainer["precision"]).startswith("16"):  # a fused optimizer unscales after the norm is taken
         yield f"trainer.precision={trainer['precision']} is not supported; use bf16-mixed or 32-true"
+    if (nodes := trainer["num_nodes"]) < 1:
+        yield f"trainer.num_nodes={nodes} must be at least 1"
+    yield from device_faults(trainer)
+
+
+def device_faults(trainer: dict[str, Any]) -> Iterator[str]:
+    """What Lightning says of `trainer.devices`: other kinds of devices take other values."""
+    devices, kind = trainer["devices"], assembly.device_kind(trainer)
+    if devices == "auto":
+        return
+    try:
+        usable = kind.parse_devices(devices)
+    except (TypeError, ValueError, MisconfigurationException):
+        usable = None
+    if not usable:
+        there = kind.auto_device_count()
+        some = "a whole number from 1 on" if kind is CPUAccelerator else f"1 to {there}, a list such as [0], -1 for all"
+        yield f"trainer.devices={devices} names no {kind.name()} devices that are here; use {some}, or auto"
 
 
 def optimizer_faults(cfg: dict[str, Any]) -> Iterator[str]:

@@ -22,10 +22,10 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, launchers, ranks, study, sweep
+from gptlab import checks, config, launchers, ranks, start, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
-from gptlab.signals import SIGNALS, Interrupted
+from gptlab.signals import SIGNALS, Interrupted, exit_code
 
 log = logging.getLogger("gptlab")
 
@@ -149,7 +149,8 @@ def report(error: BaseException, before_first_step: bool) -> int:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """What signals do outside of training, where there is nothing to save: end in an orderly way."""
+    """What signals do outside of training, where there is nothing to save: end in order, and a second one at once."""
+    start.finish(exit_code(signum))
     raise Interrupted(signum)
 
 
@@ -190,5 +191,7 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
         hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
     except (Exception, Interrupted) as error:
         outcome["code"] = report(error, before_first_step=True)
-    of_the_sweep = sweep.summarise(show)
-    sys.exit(outcome["code"] or of_the_sweep)
+    start.finish(outcome["code"] or CTRL_C)
+    code = outcome["code"] or sweep.summarise(show)
+    start.finish(code)
+    sys.exit(code)

@@ -2,12 +2,14 @@
 
 import difflib
 import re
+import sys
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import groups, known_keys, words_of
+from gptlab.given import of_resumed_run
 
 
 def explain(error: BaseException, config_name: str = "train") -> str | None:
@@ -34,7 +36,10 @@ def in_words(said: str, config_name: str) -> str:
         return f"{group}={word}: there is no such word{nearest(word, words)} Known: {', '.join(words)}"
     if match := re.search(r"Could not override '([^'@]+)", said):
         key = match[1]
-        return f"{key}: there is no such key{nearest(key, [*known_keys(config_name), *groups()])}"
+        return (
+            of_resumed_run(key, sys.argv[1:])
+            or f"{key}: there is no such key{nearest(key, [*known_keys(config_name), *groups()])}"
+        )
     if match := re.search(r"Key '([^']+)' (?:is )?not in '\w+'(?:.|\n)*?full_key: (\S+)", said):
         return f"{match[2]}: there is no such key{nearest(match[2], known_keys(config_name))}"
     if match := re.search(r"field '(\S+)' is not Optional", said):

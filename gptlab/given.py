@@ -1,14 +1,18 @@
 """What the command line gives: each key, with the word that was typed for it."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from gptlab.config import flat, is_below
-from gptlab.resume import FREE
+from gptlab.resume import BOTH, FREE, KEEPS_ITS_CONFIG, saved_config
+from gptlab.run import RunFolder
 
 FOR_ANY_KEY = ("experiments", "stage")  # groups whose words set keys anywhere
 
@@ -33,6 +37,26 @@ def given_keys() -> dict[str, str]:
         if not is_below(key, FREE)
     }
     return given | {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}
+
+
+def of_resumed_run(key: str, arguments: list[str]) -> str | None:
+    """Why `key`, which nothing composed from `arguments` has, is refused, where they resume a run that has it."""
+    typed = {}
+    for argument in arguments:
+        with contextlib.suppress(HydraException):  # an option, or what composing refuses
+            (typed[strip_key(argument)],) = OverridesParser.create().parse_overrides([argument])
+    if key not in typed or "resume" not in typed:
+        return None
+    path = Path(str(typed["resume"].value())).absolute()
+    try:
+        run = flat(saved_config(RunFolder(path.parent.parent if path.is_file() else path)))
+    except ValueError:  # this is for later to say
+        return None
+    if key not in run:
+        return None
+    if is_below(key, FREE):
+        return f"{key}: the run has {run[key]!r}; +{typed[key].input_line} changes it"
+    return f"{KEEPS_ITS_CONFIG}\n{BOTH.format(key, run[key], typed[key].value(), typed[key].input_line)}"
 
 
 def keys_in(group: str, word: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Basic(Launcher):
             self.imported = needed(self.library, f"hydra/launcher={self.library}")
         if faults := list(misfits("hydra.launcher", type(self), plain(config.hydra.launcher))):
             raise ValueError("; ".join(faults))
-        self.sweep = Sweep.open(config)
+        self.sweep = Sweep.open(config, hydra_context.config_loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run what is not done yet. The results are on disk; Hydra only wants to hear that there are some."""
@@ -159,10 +159,21 @@ class Submitit(Basic):
                 queued.cancel(check=False)
                 del submitted[queued]
             for ended in [queued for queued in submitted if queued.done()]:
-                job = submitted.pop(ended)
-                print(f"job {job.number}: ended", flush=True)
-                if (error := ended.exception()) is not None and not self.sweep.received:
-                    self.lost(job, error)
+                self.tell(ended, submitted.pop(ended))
+
+    def tell(self, ended: Any, job: Job) -> None:
+        """Say what a job came to: its own words are in a file of submitit's."""
+        error = ended.exception()
+        if error is not None and not self.sweep.received:
+            self.lost(job, error)
+        record = ended.result() if error is None else jobs.records(self.sweep.folder).get(job.number)
+        if record is None:  # nothing of it ran
+            print(f"job {job.number}: ended", flush=True)
+        elif record["exit_code"] == 0:
+            print(f"job {job.number}: ended well", flush=True)
+        else:
+            said = (record["error"] or "no error was said").splitlines()[0]
+            print(f"job {job.number}: exit code {record['exit_code']}: {said} (log: {ended.paths.stderr})", flush=True)
 
 
 class Ray(Basic):

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from gptlab import __version__, doors, ranks
+from gptlab import __version__, doors, ranks, start
 from gptlab.assembly import Watchers
 from gptlab.checkpoint import OWN_KEY
 from gptlab.config import is_below
 from gptlab.data.module import TextDataModule
 from gptlab.resume import OF_THE_COMMAND
 from gptlab.run import RunFolder, write_json
-from gptlab.signals import Interrupted
-from gptlab.start import PROCESS_START
+from gptlab.signals import Interrupted, later
 from gptlab.tasks.lm import LMTask
 
 log = logging.getLogger("gptlab")
@@ -55,6 +54,12 @@ class Outcome:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, Interrupted):
+            start.finish(error.exit_code)
+        with later():  # but for the record, which is written first
+            return self._exit(error)
+
+    def _exit(self, error: BaseException | None) -> bool:
         if error is None and self._ended is not None:
             if ranks.is_first():
                 self._leave_ended(self._ended)
@@ -63,7 +68,9 @@ class Outcome:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             status = "interrupted"
             self.exit_code = error.exit_code if isinstance(error, Interrupted) else doors.CTRL_C
-            log.info("interrupted; continue with: python -m gptlab.train resume=%s", self.folder.path)
+            step = -1 if self.watchers is None else self.watchers.checkpoints.saved_step
+            saved = f", saved at step {step:,}" if step >= 0 else ""
+            log.info("interrupted%s; continue with: python -m gptlab.train resume=%s", saved, self.folder.path)
         elif error is not None:
             status, message = "failed", doors.message_of(error)
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
@@ -88,6 +95,7 @@ class Outcome:
         for callback in (watchers.record, watchers.monitor, watchers.checkpoints, watchers.alerts, watchers.budget):
             callback.load_state_dict(state["callbacks"][callback.state_key])
         watchers.record.step, self.task.skipped_steps = step, state[OWN_KEY]["skipped_steps"]
+        watchers.record.ranks = (state[OWN_KEY]["hardware"] or {}).get("ranks", 1)
         write_json(self.folder.result, self.result("completed"))
 
     @property
@@ -115,9 +123,9 @@ class Outcome:
             **watchers.record.result(self.task),
             "best_val_loss": watchers.checkpoints.best_loss,
             "best_step": watchers.checkpoints.best_step,
-            "seconds_to_first_step": None if first_step is None else round(first_step - PROCESS_START, 3),
+            "seconds_to_first_step": None if first_step is None else round(first_step - start.PROCESS_START, 3),
             "seconds_to_compile": watchers.compile.seconds,
-            "seconds_total": round(now - PROCESS_START, 3),
+            "seconds_total": round(now - start.PROCESS_START, 3),
             "fingerprints": {
                 "config": config_fingerprint(self.cfg),
                 "data": self.data.prepared.fingerprint,

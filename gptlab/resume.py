@@ -13,6 +13,7 @@ from gptlab import checkpoint
 from gptlab.config import flat, is_below
 from gptlab.files import Manifest, write_atomically
 from gptlab.run import RunFolder, unfinished_runs
+from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 
 log = logging.getLogger("gptlab")
 
@@ -29,6 +30,10 @@ PARTS = (
     *("seed", "validation", "log", "checkpoint", "samples", "model", "data", "tokenizer"),
     *("task", "optimizer", "schedule", "trainer", "logger", "callbacks"),
 )
+KEEPS_ITS_CONFIG = (
+    "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):"
+)
+BOTH = "{}: the run has {!r}, the command line {!r} ({})"
 OF_THE_COMMAND = ("run_dir", "resume", "init_from", "parent")  # these say what to do, not what the run is
 
 
@@ -58,7 +63,8 @@ def saved_config(folder: RunFolder) -> dict[str, Any]:
         path, text = copy_of_config(folder)
         if text is None:
             raise
-        log.warning("%s; going on with the copy in %s", error, path)
+        fault = error if folder.config.is_file() else f"{folder.config} is missing"
+        log.warning("%s; going on with the copy in %s", fault, path)
         return parsed_config(text.encode(), path)
 
 
@@ -72,6 +78,16 @@ def copy_of_config(folder: RunFolder) -> tuple[Path, str] | tuple[None, None]:
         except (ValueError, KeyError):
             continue
     return None, None
+
+
+def saved_tokenizer(folder: RunFolder, path: Path, state: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer of a run; where its folder is damaged or gone, the copy in `state`, the checkpoint in `path`."""
+    try:
+        return load_tokenizer(folder.tokenizer, trust)
+    except ValueError as error:
+        fault = str(error).partition(": give ")[0]  # the remedy for who has named another
+        log.warning("%s; going on with the copy in %s", fault, path)
+        return tokenizer_from_state(state[checkpoint.OWN_KEY]["tokenizer"], trust)
 
 
 def parsed_config(text: bytes, path: Path) -> dict[str, Any]:
@@ -231,12 +247,9 @@ def resumed_config(
             seed_ignored = True
         elif named != ["trainer"]:
             typed = ", ".join(sorted({overridden[name] for name in named}))
-            faults.append(f"{key}: the run has {then.get(key)!r}, the command line {now.get(key)!r} ({typed})")
+            faults.append(BOTH.format(key, then.get(key), now.get(key), typed))
     if faults:
-        raise ValueError(
-            "a resumed run keeps its config; leave these overrides out, or start anew (init_from takes over weights):\n"
-            + "\n".join(faults[:10])
-        )
+        raise ValueError("\n".join([KEEPS_ITS_CONFIG, *faults[:10]]))
     # A word like trainer=gpu says where to run; what else stands in its config was not asked for.
     for name in WHERE:
         if "trainer" in overridden or any(is_below(given, (name,)) for given in overridden):

@@ -1,5 +1,6 @@
 """What a door does before its imports take seconds: the clock, --help and --version, and a quiet end on a signal."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -12,6 +13,7 @@ from gptlab import manual
 from gptlab.signals import PARENT, SIGNALS, exit_code
 
 PROCESS_START = time.time()
+_begun = False
 
 
 def begin(door: str) -> None:
@@ -22,6 +24,9 @@ def begin(door: str) -> None:
         sys.exit(0)
     if os.environ.get("GPTLAB_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are pages of addresses
+    global _begun
+    _begun = True
+    atexit.register(ignore_signals)  # the first to be registered runs last
     for signum in SIGNALS:
         signal.signal(signum, leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked where a worker of Ray or submitit starts this
@@ -40,3 +45,16 @@ def end_with(parent: int) -> None:
 def leave(signum: int, frame: FrameType | None) -> None:
     """End at once: nothing has been made that would have to be saved or removed."""
     os._exit(exit_code(signum))
+
+
+def finish(code: int) -> None:
+    """From here on a signal ends the process at once, with the code that it ends with anyway."""
+    if _begun:  # otherwise the process is somebody else's
+        for signum in SIGNALS:
+            signal.signal(signum, lambda *_: os._exit(code))
+
+
+def ignore_signals() -> None:
+    """What is left is Python's own end, during which a signal would find no handler, and kill."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

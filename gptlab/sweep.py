@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from gptlab import jobs, signals
@@ -34,7 +36,7 @@ class Sweep:
         self._lock = FileLock(folder / ".lock")
 
     @classmethod
-    def open(cls, config: DictConfig) -> "Sweep":
+    def open(cls, config: DictConfig, loader: Any) -> "Sweep":
         """Take over the folder that the command line names. Raises ValueError where it can't be begun or continued."""
         global current
         swept = swept_keys(sys.argv[1:]) | set(config.hydra.sweeper.get("params") or {})
@@ -55,6 +57,8 @@ class Sweep:
             )
         if held and not is_sweep:
             raise ValueError(f"run_dir={folder} holds no sweep (no multirun.yaml); choose another folder")
+        if held:
+            require_same_sweep(folder, config, loader)
         current = cls(folder, config.hydra.job.config_name, resume == "auto", swept)
         current._acquire()
         return current
@@ -144,6 +148,33 @@ def swept_keys(arguments: list[str]) -> set[str]:
     return keys
 
 
+def require_same_sweep(folder: Path, config: DictConfig, loader: Any) -> None:
+    """Raise ValueError unless the sweep in `folder` is this one, or one with more or fewer values at its end."""
+    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":  # it has its own way to know
+        return
+    try:
+        then = OmegaConf.load(folder / "multirun.yaml")
+        is_basic = then.hydra.runtime.choices["hydra/sweeper"] == "basic"
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, AttributeError):  # a sweep was killed while it wrote this
+        return
+    (one, typed), (other, typed_now) = values_of(then, loader) if is_basic else ([], []), values_of(config, loader)
+    common = min(len(one), len(other))
+    if not common or one[:common] != other[:common]:
+        raise ValueError(
+            f"run_dir={folder} holds another sweep, of {' '.join(typed) or 'hydra/sweeper=optuna'}, and this one is of "
+            f"{' '.join(typed_now)}: choose another folder"
+        )
+
+
+def values_of(config: DictConfig, loader: Any) -> tuple[list[list[str]], list[str]]:
+    """What tells the jobs of a sweep apart, one job after another, as Hydra makes them; and how that was typed."""
+    params = config.hydra.sweeper.get("params") or {}
+    given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    last = {override.get_key_element(): override for override in OverridesParser.create(loader).parse_overrides(given)}
+    swept = [override for override in last.values() if override.is_sweep_override()]
+    return BasicSweeper.split_arguments(swept, None)[0], [str(override.input_line) for override in swept]
+
+
 def job_name(number: int, varied: list[str]) -> str:
     """A folder name that tells the jobs apart: 3_attention-MyAttention_seed-2 of model.attention=mine.MyAttention."""
     words = [str(number)]
@@ -161,6 +192,7 @@ def summarise(show: Callable[[Table], None]) -> int:
     if current is None:
         return 0
     folder, records, code = current.folder, current.records(), current.exit_code
+    missing = len(current.jobs) - len(records)
     current.close()
     current = None
     table = Table(title="sweep", title_justify="left")
@@ -170,6 +202,8 @@ def summarise(show: Callable[[Table], None]) -> int:
         table.add_row(*row_of(record, folder))
     if records:
         show(table)
+    if missing:
+        print(f"{missing} {'job' if missing == 1 else 'jobs'} not begun", flush=True)
     for record in records:
         if record["error"]:
             print(f"job {record['job']}: {record['error'].splitlines()[0]}", flush=True)
@@ -184,7 +218,8 @@ def summarise(show: Callable[[Table], None]) -> int:
 def row_of(record: dict[str, Any], folder: Path) -> tuple[str, ...]:
     run_dir = folder / Path(record["run_dir"]).name  # the sweep may have been moved
     result = read_result(run_dir)
-    status = result.get("status") or ("bad input" if record["exit_code"] == 2 else f"exit code {record['exit_code']}")
+    words = {2: "bad input"} | dict.fromkeys(INTERRUPTED, "interrupted")
+    status = result.get("status") or words.get(record["exit_code"], f"exit code {record['exit_code']}")
     loss = result.get("val_loss")
     return (
         str(record["job"]),

@@ -129,8 +129,8 @@ class Tokenizer(ABC):
         files = sorted(key for key, value in data.items() if type(value) is bytes)
         for key in files:
             _write(folder / f"tokenizer.{key}", data.pop(key))
-        sidecar = self.state() | {"data": data, "files": files}
-        _write(folder / SIDECAR, json.dumps(sidecar, indent=1, sort_keys=True).encode())
+        state = self.state() | {"data": data, "files": files}
+        _write(folder / SIDECAR, json.dumps(state, indent=1, sort_keys=True).encode())
 
 
 tokenizer_from_state = Tokenizer.from_state
@@ -142,9 +142,8 @@ def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
     A bare model must be lossless and have `<unk> <s> </s> <pad>` as ids 0 to 3. Raises ValueError for anything else.
     """
     path = Path(path)
-    candidates = [path / SIDECAR, path / "tokenizer" / SIDECAR] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
+    places = [path / SIDECAR, path / "tokenizer" / SIDECAR] if path.is_dir() else [path]
+    if (file := next((place for place in places if place.is_file()), None)) is None:
         raise ValueError(f"no tokenizer at {path}: give tokenizer.path a run, or a tokenizer folder or file")
     try:
         if file.suffix != ".json":
@@ -158,7 +157,8 @@ def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
             state["data"][key] = file.with_name(f"tokenizer.{key}").read_bytes()
         return Tokenizer.from_state(state, trust)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        remedy = "; it is damaged: restore it, or name another" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{file}: {error}{remedy}") from error
 
 
 def _dotted_name(tokenizer: Tokenizer) -> str:

@@ -16,10 +16,17 @@ from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank, tensor_ranks
 from gptlab.inherit import inherit
 from gptlab.outcome import Outcome
-from gptlab.resume import config_text, find_run, require_same_config, resumed_config, save_config, saved_config
+from gptlab.resume import (
+    config_text,
+    find_run,
+    require_same_config,
+    resumed_config,
+    save_config,
+    saved_config,
+    saved_tokenizer,
+)
 from gptlab.run import RunFolder
 from gptlab.sharding import require_splittable
-from gptlab.tokenizer import load_tokenizer
 
 log = logging.getLogger("gptlab")
 
@@ -93,7 +100,8 @@ def run(
         parent = tokenizer = state = None
         step, saved_cfg, world = 0, cfg, assembly.data_world(cfg["trainer"])
         if ckpt_path is not None:  # the run's own; what it was made from may be gone
-            tokenizer, state = load_tokenizer(folder.tokenizer, config.trusted(cfg)), checkpoint.load(ckpt_path)
+            state = checkpoint.load(ckpt_path)
+            tokenizer = saved_tokenizer(folder, ckpt_path, state, config.trusted(cfg))
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
@@ -178,7 +186,9 @@ def describe_data(data: TextDataModule) -> str:
 def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> str:
     """One line on the steps to come, and a word where the learning rate never reaches its peak."""
     windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"] * data_rank(trainer)[1]
-    line = f"{total_steps:,} steps of {windows} windows on {trainer.strategy.root_device}, {trainer.precision}"
+    device, count = trainer.strategy.root_device, trainer.world_size
+    where = device if count == 1 else f"{count} x {device.type}"
+    line = f"{total_steps:,} steps of {windows} windows on {where}, {trainer.precision}"
     warmup = cfg["schedule"].get("warmup_steps") or 0
     if warmup >= total_steps:
         line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"

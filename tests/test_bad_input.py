@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, prose
+from lightning.pytorch.accelerators import CUDAAccelerator
 from omegaconf import OmegaConf
 
-from gptlab import checkpoint, files
+from gptlab import assembly, checkpoint, checks, files
 from gptlab.callbacks.saving import Checkpoints
 from gptlab.run import RunFolder
 
@@ -163,6 +164,11 @@ CONFIG_FAULTS = [
     ("trainer.gradient_clip_val=-1", ("trainer.gradient_clip_val=-1", "null")),
     ("+trainer.gradient_clip_algorithm=value", ("trainer.gradient_clip_algorithm='value'", "leave it out")),
     ("trainer.precision=16-mixed", ("trainer.precision=16-mixed", "bf16-mixed")),
+    ("trainer=ddp trainer.accelerator=cpu trainer.devices=0", ("trainer.devices=0", "from 1 on")),
+    ("trainer=ddp trainer.accelerator=cpu trainer.devices=-1", ("trainer.devices=-1", "from 1 on")),
+    ("trainer=ddp trainer.accelerator=cpu trainer.devices=two", ("trainer.devices=two", "auto")),
+    ("trainer=fsdp trainer.accelerator=cpu trainer.devices=[0,1]", ("trainer.devices=[0, 1]", "from 1 on")),
+    ("trainer.num_nodes=0", ("trainer.num_nodes=0", "at least 1")),
     ("max_time=0", ("max_time=0", "null")),
     ("seed=-1", ("seed=-1", "2^32")),
     ("data.batch_size=0", ("data.batch_size=0", "at least 1")),
@@ -191,6 +197,18 @@ def test_faults_of_the_config_are_found_before_a_folder_is_made(refused, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_devices_of_two_gpus(monkeypatch):
+    monkeypatch.setattr(assembly, "device_kind", lambda node: CUDAAccelerator)
+    for floor in ("fabric", "pytorch"):
+        monkeypatch.setattr(f"lightning.{floor}.accelerators.cuda.num_cuda_devices", lambda: 2)
+    for devices in (1, 2, -1, "-1", "auto", [0, 1], [1], "0,1", "2"):
+        assert list(checks.device_faults({"devices": devices})) == []
+    for devices in (0, 3, -2, "0", "none", [], [2], [0, 0], "0,5"):
+        (fault,) = checks.device_faults({"devices": devices})
+        assert fault.startswith(f"trainer.devices={devices} names no cuda devices")
+        assert "1 to 2" in fault
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpu_where_there_is_none(refused, tmp_path):
     message = refused("trainer=gpu")
@@ -203,6 +221,12 @@ def test_several_faults_are_said_together(refused):
     message = refused("optimizer.lr=-1", "documents=foo", "model.n_embd=30", "model.n_head=4")
     for word in ("optimizer.lr=-1", "documents='foo'", "model.n_embd=30"):
         assert word in message
+
+
+def test_one_fault_is_said_once(refused):
+    message = refused("optimizer=adamw", "optimizer.lr=-1", "schedule=wsd", "schedule.decay_fraction=2")
+    assert message.count("-1") == message.count("decay_fraction=2") == 1
+    assert "Invalid learning rate" not in message
 
 
 def test_download_without_network(refused, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, prose
+from conftest import SMALL, door, prose
 
 from gptlab import checkpoint
 from gptlab.callbacks.record import MetricsFile, Monitor
@@ -33,7 +33,7 @@ RESULT = """
 INSIDE = {
     "fingerprints": "config data tokenizer code",
     "versions": "gptlab torch lightning python",
-    "hardware": "device processor threads",
+    "hardware": "device processor threads ranks",
     "checkpoints": "best last",
 }
 HISTORY = "step epoch seconds train_loss val_loss learning_rate tokens_per_second".split()
@@ -143,7 +143,7 @@ def test_nan_ends_the_run_and_keeps_the_good_checkpoint(train, tmp_path, monkeyp
     assert train(run, "trainer.max_steps=20", *options) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ")
-    for word in ("NaN", "step 8", "optimizer.lr", "last good checkpoint"):
+    for word in ("NaN", "step 8", "optimizer.lr", "what was saved before stays"):
         assert word in message
     assert "Traceback" not in message
     kept = checkpoint.load(run / "checkpoints/last.ckpt")
@@ -191,7 +191,15 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(train, tmp_path, monk
     options = ("nonfinite=skip", "checkpoint.every_steps=1", "checkpoint.keep_last=100", f"optimizer={optimizer}")
     assert train(run, "trainer.max_steps=12", *options) == 0
     assert result(run)["skipped_steps"] == 3
-    assert all(float(row["train/loss"]) < 6 for row in rows(run) if row["step"] not in ("5", "6", "9"))
+    for row in rows(run):
+        if row["step"] in ("5", "6", "9"):
+            assert row["train/loss"] == row["train/gradient_norm"] == ""
+        else:
+            assert 0 < float(row["train/loss"]) < 6
+            assert float(row["train/gradient_norm"]) > 0
+    (alert,) = result(run)["alerts"]
+    assert (alert["step"], alert["kind"]) == (12, "skipped")
+    assert alert["message"].startswith("3 of 12 steps were skipped")
     states = [checkpoint.load(run / f"checkpoints/step-{step:08d}.ckpt") for step in (4, 6, 7)]
     for name, tensor in states[0]["state_dict"].items():
         assert torch.equal(tensor, states[1]["state_dict"][name]), name
@@ -202,6 +210,22 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(train, tmp_path, monk
     changed = [name for name, w in states[1]["state_dict"].items() if not torch.equal(w, states[2]["state_dict"][name])]
     assert "model.embed.weight" in changed
     assert states[2]["gptlab"]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_an_interval_that_was_skipped_whole_has_no_figures(train, tmp_path, monkeypatch, capsys, logger):
+    poison(monkeypatch, {7, 8, 9})
+    run = tmp_path / "run"
+    steps = ("trainer.max_steps=9", "log.every_steps=3", "validation.every_steps=3", "callbacks=early_stopping")
+    monitor = "callbacks.early_stopping.monitor=train/loss"
+    assert train(run, *steps, monitor, "nonfinite=skip", f"logger={logger}") == 0
+    losses = {row["step"]: row["train/loss"] for row in rows(run)}
+    assert (float(losses["6"]) > 0, losses["9"]) == (True, "")
+    assert [entry["train_loss"] is None for entry in result(run)["history"]] == [False, False, True]
+    assert result(run)["train_loss"] is None
+    output = capsys.readouterr().out
+    assert "step 9  train -  val " in output
+    assert output.count("3 of 9 steps were skipped") == 1
 
 
 def test_skipping_ends_where_every_step_would_be_skipped(train, tmp_path, monkeypatch, capsys):
@@ -273,6 +297,19 @@ def test_early_stopping_is_a_word(train, tmp_path):
 
 
 # What is recorded
+
+
+def test_the_ranks_of_a_run_are_told(tmp_path, text_file):
+    run, small = tmp_path / "run", [word for word in SMALL if word != "trainer=cpu"]
+    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=1")
+    done = door("train", *small, *ranks, f"data.files={text_file}", f"run_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "1 steps of 8 windows on 2 x cpu, 32-true" in done.stdout
+    assert result(run)["hardware"]["ranks"] == 2
+    (run / "result.json").unlink()  # as a kill just before the end leaves it
+    again = door("train", f"resume={run}")
+    assert "nothing to do" in again.stdout
+    assert result(run)["hardware"]["ranks"] == 2
 
 
 def test_result_has_every_key_of_the_contract_and_nulls_for_what_was_not_measured(train, tmp_path):

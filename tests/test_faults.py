@@ -145,7 +145,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", [pytest.param(name, marks=SLOW if name.startswith(SELDOM) else ()) for name in MOMENTS]
 )
-def test_sigterm_at_any_moment(train, tmp_path, monkeypatch, handlers, uninterrupted, moment):
+def test_sigterm_at_any_moment(train, tmp_path, monkeypatch, handlers, uninterrupted, moment, capsys):
     whole, part = uninterrupted(train), tmp_path / "part"
     owner, hook, when, step = MOMENTS[moment]
     with monkeypatch.context() as patch:
@@ -153,6 +153,9 @@ def test_sigterm_at_any_moment(train, tmp_path, monkeypatch, handlers, uninterru
         assert train(part, *RUN) == 143
     assert sent
     assert saved_step(part) == step
+    saved = f", saved at step {step}" if step else ""
+    said = f"interrupted{saved}; continue with: python -m gptlab.train resume={part}"
+    assert said in capsys.readouterr().out
     assert json.loads((part / "status.json").read_text())["status"] == "interrupted"
     assert train(part, f"resume={part}", "seed=77") == 0
     assert differences(whole, part) == []

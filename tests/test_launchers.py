@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def test_failures_are_told_and_hide_no_other_job(word, text_file, tmp_path):
     table = run.stdout[run.stdout.rindex("val/loss") :]
     for text in ("bad input", "completed", "job 0: optimizer.lr=-1"):
         assert text in table
+    before = (run.stdout + run.stderr).removesuffix(table)
+    assert "optimizer.lr=-1 must be 0 or more" in before, "told when it happens"
+    if word == "submitit":
+        assert re.search(rf"job 0: exit code 2: optimizer.lr=-1 .* \(log: {swept}/\.submitit/\S+\.err\)", before)
+        assert "job 1: ended well" in before
 
 
 @pytest.mark.slow

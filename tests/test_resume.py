@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL, door
+from conftest import SMALL, compose, door, prose
 from trials import differences, rows, weights
 
-from gptlab import checkpoint
+from gptlab import assembly, checkpoint, doors
 
 STEPS = 13  # an epoch has 5 of them
 RUN = (
@@ -291,12 +291,34 @@ def test_changed_data_is_refused_naming_both_fingerprints_and_nothing_is_lost(tr
     before, old = contents(run), json.loads((run / "result.json").read_text())["fingerprints"]["data"]
     text_file.write_text(text_file.read_text() + "More text.\n")
     assert train(run, f"resume={run}", "trainer.max_steps=4") == 2
-    found = re.findall(r"\b[0-9a-f]{64}\b", capsys.readouterr().err)
+    message = capsys.readouterr().err
+    found = re.findall(r"\b[0-9a-f]{64}\b", message)
     assert old in found
+    assert f"\nchanged: {text_file}\n" in message
     assert len(set(found)) == 2
     assert contents(run) == before
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["step"]) == ("completed", 2)
+
+
+@pytest.mark.parametrize("damage", ["gone", "broken", "half"])
+@pytest.mark.parametrize("kind", ["char", "sentencepiece"])
+def test_a_damaged_tokenizer_is_mended_from_the_checkpoint(train, tmp_path, capsys, kind, damage):
+    run = tmp_path / "run"
+    size = ("tokenizer.vocab_size=320",) if kind == "sentencepiece" else ()
+    assert train(run, "trainer.max_steps=2", f"tokenizer={kind}", *size) == 0
+    before = {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()}
+    sidecar = run / "tokenizer/gptlab_tokenizer.json"
+    if damage == "gone":
+        shutil.rmtree(run / "tokenizer")
+    else:
+        sidecar.write_text("{broken" if damage == "broken" else "{}")
+    assert train(run, f"resume={run}", "trainer.max_steps=4") == 0
+    said = capsys.readouterr().out
+    assert f"{run}/tokenizer" in said
+    assert f"going on with the copy in {run}/checkpoints/last.ckpt" in said
+    assert "tokenizer.path" not in said
+    assert {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()} == before
 
 
 def test_a_word_for_the_device_changes_where_a_run_goes_on_and_nothing_else(train, tmp_path):
@@ -437,6 +459,74 @@ def commanded(text_file, monkeypatch, capsys):
         return exit_.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_what_is_said_of_the_same_windows_on_other_ranks(capsys):
+    cfg = compose("data.batch_size=8", "trainer.accumulate_grad_batches=1")
+    doors.quiet()
+    said = {}
+    for world, windows in ((1, 8), (1, 16), (2, 16), (4, 12), (16, 16)):
+        fitted = assembly.fit_to_ranks(cfg, windows, world)
+        batch, accumulate = fitted["data"]["batch_size"], fitted["trainer"]["accumulate_grad_batches"]
+        assert batch * accumulate * world == windows
+        said[world, windows] = capsys.readouterr().out.strip()
+    assert said == {
+        (1, 8): "",
+        (1, 16): "a step is 2 micro-batches of 8 windows on one rank now, as many windows as before",
+        (2, 16): "",
+        (4, 12): "a step is 1 micro-batch of 3 windows on each of 4 ranks now, as many windows as before",
+        (16, 16): "a step is 1 micro-batch of 1 window on each of 16 ranks now, as many windows as before",
+    }
+
+
+def test_a_config_that_is_missing_is_said_to_be_no_more_than_that(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=1") == 0
+    (run / "config.yaml").unlink()
+    capsys.readouterr()
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 0
+    said = capsys.readouterr().out
+    assert f"{run}/config.yaml is missing; going on with the copy in {run}/checkpoints/" in said
+    assert "no run folder" not in said
+
+
+def test_text_that_is_no_longer_the_same_is_named_by_file(train, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcdef":
+        (texts / name).write_text(prose(100, seed=ord(name)))
+    run, data = tmp_path / "run", f"data.files={texts}/*"
+    assert train(run, data, "trainer.max_steps=1") == 0
+    (texts / "a").write_text(prose(100, seed=7))
+    (texts / "b").unlink()
+    (texts / "g").write_text(prose(100, seed=8))
+    capsys.readouterr()
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 2
+    message = capsys.readouterr().err
+    assert f"\nchanged: {texts}/a; missing: {texts}/b; new: {texts}/g\n" in message
+    for name in "cdefg":
+        (texts / name).unlink()
+    (texts / "a").write_text(prose(100, seed=ord("a")))
+    assert train(run, f"resume={run}", "trainer.max_steps=2") == 2
+    assert f"missing: {texts}/b, {texts}/c, {texts}/d and 2 more\n" in capsys.readouterr().err
+
+
+def test_a_key_that_only_the_run_has_is_refused_with_both_values(commanded, train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "trainer.max_steps=1", "callbacks=[ema,early_stopping]") == 0
+    before = contents(run)
+    for place in (run, run / "checkpoints/last.ckpt"):
+        code, message = commanded(f"resume={place}", "callbacks.ema.decay=0.9")
+        assert code == 2
+        assert message.startswith("error: a resumed run keeps its config; leave these overrides out")
+        assert "callbacks.ema.decay: the run has 0.999, the command line 0.9 (callbacks.ema.decay=0.9)" in message
+    code, message = commanded(f"resume={run}", "callbacks.early_stopping.patience=9")
+    assert code == 2
+    assert "the run has 3; +callbacks.early_stopping.patience=9 changes it" in message
+    for other in (f"resume={run}", "resume=nowhere"):
+        code, message = commanded(other, "callbacks.emma.decay=0.9")
+        assert (code, "callbacks.emma.decay: there is no such key" in message) == (2, True)
+    assert contents(run) == before
 
 
 def test_what_an_experiment_says_counts_as_said(commanded, text_file, tmp_path):

@@ -201,6 +201,46 @@ def test_only_what_is_not_done_runs_again(composed, tmp_path):
     assert ran("seed=1,2,3", "trainer.max_steps=9") == ["1_seed-2"]
 
 
+def test_another_sweep_in_the_same_folder_is_refused_naming_both(composed, tmp_path, capfd):
+    swept = tmp_path / "swept"
+    place = (f"run_dir={swept}", "resume=auto")
+
+    def refused(*arguments: str) -> bool:
+        before = {path.name: path.read_bytes() for path in swept.iterdir() if path.is_file()}
+        commands, code = composed(*arguments, *place, ends=finished)
+        after = {path.name: path.read_bytes() for path in swept.iterdir() if path.is_file()}
+        message = capfd.readouterr().err
+        if code == 2:
+            assert before == after
+            assert commands == []
+            for word in ("holds another sweep, of optimizer.lr=1e-3,1e-2 seed=1,2", *arguments, "another folder"):
+                assert word in message
+        return code == 2
+
+    lr = "optimizer.lr=1e-3,1e-2"
+    assert composed(lr, "seed=1,2", *place, ends=finished)[1] == 0
+    assert refused("optimizer=adamw,muon")
+    assert refused("seed=1,2")
+    assert refused(lr)
+    assert refused(lr, "seed=1,2,3")  # job 2 would be another
+    assert refused("seed=1,2", lr)
+    assert not refused(lr, "seed=1,2")
+    assert not refused("optimizer.lr=1e-3,1e-2,1e-1", "seed=1,2")
+    assert sorted(jobs.records(swept)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_jobs_that_were_not_begun_are_counted_and_one_that_was_importing_was_interrupted(composed, tmp_path, capfd):
+    commands, code = composed("seed=1,2,3,4", f"run_dir={tmp_path}/swept", codes=(0, 130))
+    assert (len(commands), code) == (2, 130)
+    output = capfd.readouterr().out
+    (row,) = [line for line in output.splitlines() if line.startswith("│ 1 ")]
+    assert "interrupted" in row
+    assert "exit code 130" not in output
+    assert "\n2 jobs not begun\n" in output
+    composed("seed=1,2", f"run_dir={tmp_path}/other")
+    assert "not begun" not in capfd.readouterr().out
+
+
 def test_wrong_word_in_a_sweep_is_bad_input(composed, tmp_path, capfd):
     commands, code = composed("model=tiny,tinny", f"run_dir={tmp_path}/swept")
     message = capfd.readouterr().err

@@ -298,6 +298,15 @@ def test_a_file_that_cannot_be_trusted_is_refused_by_name(tmp_path, changes, mes
     assert str(sidecar) in str(error.value)
 
 
+def test_a_file_that_is_no_json_is_named_with_the_remedy(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    sidecar = tmp_path / "gptlab_tokenizer.json"
+    sidecar.write_text("{broken")
+    with pytest.raises(ValueError, match="it is damaged: restore it, or name another") as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{sidecar}: ")
+
+
 def test_damaged_and_missing_files_are_refused_by_name(tokenizers, tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*give tokenizer.path"):
         load_tokenizer(tmp_path)

@@ -16,7 +16,7 @@ import pytest
 
 from gptlab.data import tokens
 from gptlab.data.corpus import Document, Files, Source
-from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare
+from gptlab.data.tokens import TokenFile, cache_dir, differences, open_prepared, prepare
 from gptlab.data.windows import report
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 
@@ -351,3 +351,11 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path
     monkeypatch.delenv("GPTLAB_CACHE_DIR")
     assert cache_dir() == Path.home() / ".cache" / "gptlab"
+
+
+def test_files_that_changed_are_told_from_those_that_moved():
+    then = [(f"/then/{name}", name) for name in "abcd"]
+    assert differences(then, [(f"/now/{name}", name) for name in "abcd"]) == ""
+    now = [("/now/a", "a"), ("/now/b", "other"), ("/now/e", "e"), ("/now/d", "d")]
+    assert differences(then, now) == "changed: /now/b; missing: /then/c; new: /now/e"
+    assert differences(then, then[::-1]) == "the files are the same, in another order"

@@ -120,6 +120,8 @@ class Monitor(StepCallback):
 
     def _log(self, trainer: Trainer, task: LightningModule, step: int) -> None:
         task.require_finite()
+        for name in ("train/loss", "train/gradient_norm"):  # nothing stands for an interval that was skipped
+            self.figures.pop(name, None)
         self.figures |= task.training_figures()
         now = time.perf_counter()
         if self._mark is not None and step > self._mark[1]:
@@ -134,7 +136,8 @@ class Monitor(StepCallback):
         logged = {"epoch": trainer.current_epoch, "seconds": round(self.budget.seconds, 3), **self.figures}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
-        task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
+        if "train/loss" in self.figures:
+            task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         self._mark = None
@@ -163,13 +166,14 @@ class RunRecord(StepCallback):
         self.history: list[dict[str, Any]] = []
         self.validation: dict[str, float] = {}
         self.step, self.epochs, self.tokens = 0, 0.0, 0
-        self.device = torch.device("cpu")
+        self.device, self.ranks = torch.device("cpu"), 1
         self.weights = "raw"  # what the figures of validation are of
         self.config_text: str | None = None  # config.yaml, which checkpoints keep a copy of
         self._written = 0.0
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         super().on_train_start(trainer, task)
+        self.ranks = trainer.world_size
         self.device = task.device  # Lightning moves the network back before anybody asks
         if average := average_in(trainer):
             self.weights = average.word
@@ -235,7 +239,7 @@ class RunRecord(StepCallback):
             "floor_bits_per_byte": None,
             "excess_bits_per_byte": None,
             "history": self.history,
-            "hardware": hardware(self.device),
+            "hardware": hardware(self.device) | {"ranks": self.ranks},
         }
 
 

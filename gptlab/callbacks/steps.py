@@ -217,6 +217,7 @@ class CompileAhead(Callback):
         if not task.compiled:
             return
         start = time.perf_counter()
+        log.info("compiling the network (compile=false to skip)")
         try:
             self._run_once(trainer, task)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:

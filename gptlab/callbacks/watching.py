@@ -45,12 +45,12 @@ class ConsoleLines(Callback):
         self.monitor, self.budget = monitor, budget
 
     def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
-        figures, average = task.figures, average_in(trainer)
+        figures, average, loss = task.figures, average_in(trainer), self.monitor.figures.get("train/loss")
         epochs = self.budget.total_steps * trainer.accumulate_grad_batches / trainer.num_training_batches
         parts = [
             f"epoch {trainer.current_epoch + 1}/{math.ceil(epochs)}",
             f"step {trainer.global_step:,}",
-            f"train {self.monitor.figures.get('train/loss', math.nan):.3f}",
+            "train -" if loss is None else f"train {loss:.3f}",
             f"val {figures['val/loss']:.3f}" + (f" ({average.word})" if average else ""),
             f"ppl {figures['val/perplexity']:.4g}",
             f"{short(self.monitor.figures.get('train/tokens_per_second') or math.nan)} tok/s",
@@ -165,6 +165,7 @@ class Alerts(StepCallback):
     - stuck: after 300 steps the loss is still within 5 % of ln V, a uniform guess
     - spike: the loss is 0.5 nats and 20 % above the median of the last 20 logged
     - diverging: the gradient norm, before clipping, is over 20 times the median of the last 20 logged
+    - skipped: at the end, how many steps `nonfinite=skip` has passed over
     """
 
     UNKNOWN_SHARE = 0.001
@@ -219,6 +220,12 @@ class Alerts(StepCallback):
             message = f"val/loss rose from {vals[0]:.3f} to {vals[-1]:.3f} while train/loss fell to {train:.3f}"
             advice = "model.dropout=0.1, more text, fewer trainer.max_steps, or callbacks=early_stopping"
             self._alert(trainer.global_step, "overfitting", message, advice)
+
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if task.skipped_steps:
+            self.alerts = [alert for alert in self.alerts if alert["kind"] != "skipped"]  # of a run that is extended
+            message = f"{task.skipped_steps} of {trainer.global_step:,} steps were skipped, their loss not finite"
+            self._alert(trainer.global_step, "skipped", message, "a lower optimizer.lr, or trainer.precision=32-true")
 
     def _alert(self, step: int, kind: str, message: str, advice: str) -> None:
         if any(alert["kind"] == kind and step - alert["step"] < self.REST_STEPS for alert in self.alerts):

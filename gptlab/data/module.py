@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 
 from gptlab.data.corpus import Files, Source
-from gptlab.data.tokens import Prepared, cache_dir, prepare
+from gptlab.data.tokens import Prepared, cache_dir, files_that_differ, prepare
 from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
 from gptlab.tokenizer import Tokenizer
 
@@ -140,9 +140,10 @@ class TextDataModule(LightningDataModule):
         """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
         for name, now in self.identity(trainer).items():
             if state[name] != now:
+                files = files_that_differ(self.prepared, state[name]) if name == "fingerprint" else ""
                 raise ValueError(
                     f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
-                    "same run; restore the data and settings, or start a new run with init_from"
+                    f"same run; restore the data and settings, or start a new run with init_from\n{files}".strip()
                 )
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -81,9 +81,48 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal tokens with equal meaning, wherever and whenever they were prepared."""
-        parts = [self.meta["tokenizer_fingerprint"], *(self.meta["splits"][side]["sha256"] for side in SIDES)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return fingerprint_of(self.meta)
+
+
+def fingerprint_of(meta: dict) -> str:
+    """Equal for equal tokens with equal meaning, wherever and whenever they were prepared."""
+    parts = [meta["tokenizer_fingerprint"], *(meta["splits"][side]["sha256"] for side in SIDES)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def files_that_differ(prepared: Prepared, fingerprint: str) -> str:
+    """Which files are other than when tokens with this fingerprint were made, if those are still in the same cache."""
+    now = [(file["path"], file["sha256"]) for files in prepared.meta["files"].values() for file in files]
+    for path in prepared.folder.parent.glob("*/meta.json"):
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            then = [(file["path"], file["sha256"]) for files in meta["files"].values() for file in files]
+            if fingerprint_of(meta) == fingerprint:
+                return differences(then, now)
+        except (OSError, KeyError, TypeError, AttributeError, ValueError):  # half of one
+            continue
+    return ""
+
+
+def differences(then: list[tuple[str, str]], now: list[tuple[str, str]]) -> str:
+    """Of files as (path, hash): those that changed, are missing or new. They may have been moved, all of them."""
+    old, new = ([sha256 for _, sha256 in side] for side in (then, now))
+    lost, found = set(old) - set(new), set(new) - set(old)
+    gone = {Path(path).name: path for path, sha256 in then if sha256 in lost}
+    come = {Path(path).name: path for path, sha256 in now if sha256 in found}
+    kinds = {
+        "changed": [path for name, path in come.items() if name in gone],
+        "missing": [path for name, path in gone.items() if name not in come],
+        "new": [path for name, path in come.items() if name not in gone],
+    }
+    if not gone and not come and old != new:
+        return "the files are the same, in another order"
+    return "; ".join(f"{kind}: {several(paths)}" for kind, paths in kinds.items() if paths)
+
+
+def several(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def open_prepared(folder: Path, trust: tuple[str, ...] = ()) -> Prepared:
@@ -128,11 +167,12 @@ def prepare(
     trust = (type(tokenizer).__module__.split(".")[0],)  # its code runs already
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
-    return _once(
+    prepared = _once(
         cache / "tokens" / key,
         load=lambda folder: open_prepared(folder, trust),
         build=lambda folder: _build(folder, text, tokenizer, dtype),
     )
+    return replace(prepared, meta=prepared.meta | {"files": text.files})  # the same bytes may have stood elsewhere
 
 
 class _SplitText:

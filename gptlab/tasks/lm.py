@@ -25,6 +25,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer
 REQUESTS = ("interrupt", "terminate", "time", "save")  # what ranks ask of each other
 MATRICES_IN = {"bf16-mixed": torch.bfloat16}  # where that is not the type of the weights
 SKIPS_IN_A_ROW = 10  # after so many, the weights themselves are at fault
+KEPT = "nothing of it was saved, what was saved before stays"
 REMEDY = (
     "Try a lower optimizer.lr, a longer schedule.warmup_steps, a lower trainer.gradient_clip_val, or "
     "trainer.precision=32-true"
@@ -140,15 +141,15 @@ class LMTask(LightningModule):
         if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise NotFiniteError(
                 f"the loss or its gradient was NaN or infinite at {SKIPS_IN_A_ROW} steps in a row, up to step "
-                f"{self.trainer.global_step + 1}; the last good checkpoint is kept. {REMEDY}"
+                f"{self.trainer.global_step + 1}; {KEPT}. {REMEDY}"
             )
 
     def require_finite(self) -> None:
         """Raise NotFiniteError unless the sums of the loss and the last gradient norm are numbers."""
         if not bool(torch.isfinite(self.interval_sums).all() & torch.isfinite(self.gradient_norm)):
             raise NotFiniteError(
-                f"the loss or its gradient is NaN or infinite at step {self.trainer.global_step}; the last good "
-                f"checkpoint is kept. {REMEDY}, or nonfinite=skip to pass over a few such steps"
+                f"the loss or its gradient was NaN or infinite by step {self.trainer.global_step} (it is looked for "
+                f"when logging and saving); {KEPT}. {REMEDY}, or nonfinite=skip to pass over a few such steps"
             )
 
     @property
@@ -157,10 +158,14 @@ class LMTask(LightningModule):
         return self.tokens_a_batch * self.trainer.accumulate_grad_batches * data_rank(self.trainer)[1]
 
     def training_figures(self) -> dict[str, float]:
-        """The mean loss since the last call, and the last gradient norm: where training waits for the device."""
+        """The mean loss since the last call, and the last gradient norm: where training waits for the device.
+
+        There is no loss where no token has counted since, and no norm where the last step was skipped.
+        """
         nll, tokens, norm = torch.cat((self.interval_sums, self.gradient_norm[None])).tolist()
         self.interval_sums.zero_()
-        return {"train/loss": nll / max(tokens, 1.0), "train/gradient_norm": norm}
+        figures = {"train/loss": nll / tokens} if tokens else {}
+        return figures if self.skipped_in_a_row else figures | {"train/gradient_norm": norm}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self.logits(batch["tokens"])
