@@ -301,7 +301,7 @@ def nan_stops(bench: Bench, row: Row, count: int) -> None:
     for _ in range(count):
         trial = bench.trial(*longer, nan_at=50)
         code, troubles = trial.run(), trial.unsound()
-        if code != 1 or "NaN or infinite at step 50" not in trial.said:
+        if code != 1 or "NaN or infinite by step 50" not in trial.said:
             troubles.append(f"ended with {code}: {trial.said[-500:]}")
         trial.nan_at = None
         row.count(trial, whole, [*troubles, *finish(trial, "continuing from .* at step 49")])

@@ -181,9 +181,9 @@ def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[s
         )
     share = windows_a_step // world
     batch = max(size for size in range(1, min(batch, share) + 1) if share % size == 0)
-    micro_batches, windows = counted(share // batch, "micro-batch", "micro-batches"), counted(batch, "window", "windows")
+    parts = counted(share // batch, "micro-batch", "micro-batches")
     where = "on one rank" if world == 1 else f"on each of {world} ranks"
-    log.info("a step is %s of %s %s now, as many windows as before", micro_batches, windows, where)
+    log.info("a step is %s of %s %s now, as many windows as before", parts, counted(batch, "window", "windows"), where)
     return cfg | {
         "data": cfg["data"] | {"batch_size": batch},
         "trainer": cfg["trainer"] | {"accumulate_grad_batches": share // batch},

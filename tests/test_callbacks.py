@@ -248,10 +248,10 @@ def test_a_checkpoint_after_so_many_minutes(train, tmp_path):
 def test_what_fails_in_the_background_ends_the_run(train, tmp_path, monkeypatch, capsys):
     real = checkpoint.save
 
-    def failing(state, path, links=()):
+    def failing(state, path, *names):
         if state["global_step"] == 4:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(state, path, links)
+        real(state, path, *names)
 
     monkeypatch.setattr(checkpoint, "save", failing)
     run = tmp_path / "run"

@@ -38,6 +38,12 @@ def interrupted_at(run: Path, step: int, into: Path) -> Path:
     return into
 
 
+def killed(run: Path) -> None:
+    """Have the status say what it would after a kill -9 before the first save."""
+    (run / "result.json").unlink()
+    (run / "status.json").write_text(json.dumps({"status": "running", "step": 0, "pid": 2**22 + 1}))
+
+
 @pytest.fixture(scope="module", params=["adamw cosine", "muon wsd two workers"])
 def variant(request: pytest.FixtureRequest) -> tuple[str, ...]:
     if request.param == "adamw cosine":
@@ -86,6 +92,7 @@ def test_resume_of_a_run_without_checkpoint_starts_at_step_0(train, tmp_path):
     assert train(whole, *RUN, "trainer.max_steps=4") == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints")
+    killed(part)
     assert train(part, f"resume={part}") == 0
     assert_same_run(whole, part)
 
@@ -167,7 +174,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(train, tmp_path, c
     with pytest.raises(ValueError, match="no checkpoint is left"):
         train(run, f"resume={run}")
     assert (run / "metrics.csv").read_text() == before
-    (run / "status.json").write_text(json.dumps({"status": "running", "step": 0, "pid": 1}))  # killed, too early
+    killed(run)
     assert train(run, f"resume={run}") == 0
     assert "no checkpoint yet: the run begins at step 0" in capsys.readouterr().out
 
@@ -227,6 +234,7 @@ def test_a_config_that_is_none_is_refused_by_name(train, tmp_path, text):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=2") == 0
     shutil.rmtree(run / "checkpoints")  # each of them has a copy
+    killed(run)
     (run / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config.yaml: damaged"):
         train(run, f"resume={run}")

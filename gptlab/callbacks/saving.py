@@ -137,9 +137,9 @@ class Checkpoints(StepCallback):
 
     The last is written every `every_steps` optimizer steps, every `every_epochs` epochs, `every_minutes` minutes after
     the one before, after every validation, and at the end. Where a validation follows a step, saving waits for it, so
-    that no resumed run misses it or repeats it. `keep_last` of those at intervals stay as step-<n>.ckpt. One file may
-    have several of these names; where no second one would be left if it were damaged, the last but one stays as
-    previous.ckpt. With `background`, training goes on while a copy of the state is written.
+    that no resumed run misses it or repeats it. `keep_last` of those at intervals stay as step-00000060.ckpt and so on.
+    One file may have several of these names; where no second one would be left if it were damaged, the last but one
+    stays as previous.ckpt. With `background`, training goes on while a copy of the state is written.
     """
 
     def __init__(
