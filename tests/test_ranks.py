@@ -286,6 +286,22 @@ def test_what_befalls_one_rank_ends_all_and_the_run_goes_on_exactly(on_two_ranks
     assert_same_run(folder / "whole", part)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_a_split_network_that_loses_a_rank_goes_on_exactly(whole, tmp_path, kind):
+    """With dropout, on the same number of ranks; a save is gathered from all of them."""
+    dropped = tmp_path / "dropped"
+    assert run(whole, str(dropped), *KINDS[kind], "model.dropout=0.3").returncode == 0
+    (whole / "fault-was-here").unlink(missing_ok=True)
+    part = tmp_path / "part"
+    done = run(whole, str(part), *KINDS[kind], "model.dropout=0.3", *fault(1, signal.SIGKILL))
+    assert done.returncode == 1
+    assert "local rank 1 was ended by SIGKILL" in done.stderr
+    again = door("train", f"resume={part}", cwd=whole)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(dropped, part)
+
+
 @pytest.mark.parametrize(
     ("signum", "to_all", "code"),
     [
