@@ -152,8 +152,8 @@ def device_kind(node: dict[str, Any]) -> type[Accelerator]:
     return kinds[device_type(node["accelerator"])]
 
 
-def data_world(node: dict[str, Any]) -> int:
-    """How many ranks will split each batch, by the values of the group `trainer`."""
+def world_of(node: dict[str, Any]) -> int:
+    """How many ranks there will be, by the values of the group `trainer`."""
     if given := ranks.devices_given():
         devices, nodes = given
     else:
@@ -162,7 +162,12 @@ def data_world(node: dict[str, Any]) -> int:
             devices = kind.auto_device_count() if node.get("strategy") else 1
         else:
             devices = len(kind.get_parallel_devices(kind.parse_devices(devices)))
-    return 1 if (node.get("strategy") or {}).get("by") == "heads" else devices * nodes
+    return devices * nodes
+
+
+def data_world(node: dict[str, Any]) -> int:
+    """How many of the ranks will split each batch."""
+    return 1 if (node.get("strategy") or {}).get("by") == "heads" else world_of(node)
 
 
 def counted(number: int, one: str, several: str) -> str:
@@ -253,6 +258,8 @@ def build_trainer(
     node = dict(cfg["trainer"])
     if (given := ranks.devices_given()) and node["devices"] == "auto":
         node["devices"], node["num_nodes"] = given
+    if node["devices"] == "auto" and not node.get("strategy"):
+        node["devices"] = 1
     if not node["deterministic"] and device_type(node["accelerator"]) == "cpu":
         # So that a resumed run is the uninterrupted one: compiled embeddings otherwise add up in any order of threads.
         node["deterministic"] = "warn"
@@ -282,6 +289,11 @@ def build_trainer(
         raise ValueError(
             f"{ranks.processes_outside()} processes were started, and this trainer is one of {trainer.world_size}: "
             "use trainer=ddp, fsdp or tp, with trainer.devices and trainer.num_nodes as they were started"
+        )
+    if trainer.world_size != (wanted := world_of(cfg["trainer"])):
+        raise ValueError(
+            f"trainer.devices and trainer.num_nodes ask for {wanted} processes, and SLURM has started "
+            f"{trainer.world_size}: give srun --ntasks-per-node=<trainer.devices>"
         )
     return trainer
 

@@ -98,6 +98,8 @@ def device_faults(trainer: dict[str, Any]) -> Iterator[str]:
         there = kind.auto_device_count()
         some = "a whole number from 1 on" if kind is CPUAccelerator else f"1 to {there}, a list such as [0], -1 for all"
         yield f"trainer.devices={devices} names no {kind.name()} devices that are here; use {some}, or auto"
+    elif not trainer.get("strategy") and len(kind.get_parallel_devices(usable)) > 1:
+        yield f"trainer.devices={devices} are several, each with a process of its own: use trainer=ddp, fsdp or tp"
 
 
 def optimizer_faults(cfg: dict[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from rich.table import Table
 from gptlab import checks, config, launchers, ranks, start, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
+from gptlab.meeting import MissingRankError
 from gptlab.signals import SIGNALS, Interrupted, exit_code
 
 log = logging.getLogger("gptlab")
@@ -124,7 +125,7 @@ def message_of(error: BaseException) -> str:
         reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
         who = ranks.lost_follower() or f"another rank has ended or cannot be reached ({reason})"
         return f"{who}; {ranks.go_on()}"
-    is_ours = isinstance(error, ValueError | OSError | ArithmeticError)
+    is_ours = isinstance(error, ValueError | OSError | ArithmeticError | MissingRankError)
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
@@ -143,7 +144,7 @@ def report(error: BaseException, before_first_step: bool) -> int:
         return BAD_INPUT
     message = message_of(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message += "\nfree some space, then go on with resume=<run folder>"
+        message += f"\nfree some space, then go on with resume={ranks.run_dir()}"
     fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")
     return FAILED
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptlab.signals import PARENT
@@ -56,10 +57,19 @@ def tell_followers(run: dict[str, Any]) -> None:
     os.environ[RUN] = json.dumps(run)
 
 
+def run_dir() -> str:
+    """The folder of the run that this process takes part in, as far as it is known."""
+    return json.loads(os.environ[RUN])["run_dir"] if RUN in os.environ else "<run folder>"
+
+
+def run_name() -> str:
+    """What all ranks call their run; machines may see its folder in different places."""
+    return Path(run_dir()).name
+
+
 def go_on() -> str:
     """How a run that has lost a rank continues."""
-    run_dir = json.loads(os.environ[RUN])["run_dir"] if RUN in os.environ else "<run folder>"
-    return f"all ranks end; go on with resume={run_dir}"
+    return f"all ranks end; go on with resume={run_dir()}"
 
 
 def leader_said() -> dict[str, Any] | None:

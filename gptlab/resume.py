@@ -208,21 +208,30 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     remedy = "put a whole one there, or begin anew with another run_dir"
     if faults:
         raise ValueError("\n".join([*faults, f"no whole checkpoint is left: {remedy}"]))
-    steps = {entry["step"] for entry in manifest.entries}  # a crash may enter one that never came to be; hardly two
-    if len(steps) > 1 or folder.status().get("status") == "completed":
+    if had_checkpoints(folder, manifest):
         raise ValueError(f"{folder.checkpoints}: no checkpoint is left of a run that had some: {remedy}")
     return None
 
 
+def had_checkpoints(folder: RunFolder, manifest: Manifest) -> bool:
+    """Whether a run has saved before, where no file is left: a crash in the first save leaves traces of one step."""
+    entered = {entry["step"] for entry in manifest.entries}
+    return len(entered) > 1 or len(folder.validated_steps()) > 1 or folder.status().get("status") == "completed"
+
+
 def fault_of(path: Path, manifest: Manifest) -> str | None:
-    """Why a checkpoint cannot be resumed from, if so."""
-    if manifest.fault is None and (fault := manifest.fault_of(path)):
-        return f"{path}: {fault}"
+    """Why a checkpoint cannot be resumed from, if so. One that somebody put there is held to its own checksums."""
+    unknown = None if manifest.fault else manifest.fault_of(path)
     try:
         checkpoint.load(path)
+        fault = checkpoint.checksum_fault(path) if manifest.fault or unknown else None
     except ValueError as error:
-        return str(error)
-    return None if manifest.fault is None else checkpoint.checksum_fault(path)
+        fault = str(error)
+    if unknown and fault:
+        return f"{path}: {unknown}"
+    if unknown:
+        log.warning("%s: %s does not know it; by its own checksums it is whole", path, manifest.path.name)
+    return fault
 
 
 def resumed_config(

@@ -1,6 +1,7 @@
 """The run folder: its paths, its one owner, and the small JSON files that tell how the run stands."""
 
 import contextlib
+import csv
 import io
 import json
 import logging
@@ -154,6 +155,14 @@ class RunFolder:
     def _records(self) -> tuple[tuple[Path, Callable[[str], int]], ...]:
         """The files that grow with the run, and how to tell the step of a line. Their header, if any, has step -1."""
         return (self.metrics, step_of_row), (self.samples, lambda line: int(json.loads(line)["step"]))
+
+    def validated_steps(self) -> set[int]:
+        """The steps of which metrics.csv has a val/loss."""
+        try:
+            with open(self.metrics, newline="") as file:
+                return {int(row["step"]) for row in csv.DictReader(file) if row.get("val/loss")}
+        except (OSError, ValueError, KeyError, csv.Error):  # none, or damaged
+            return set()
 
     def tails(self) -> dict[str, list[str]]:
         """The last lines of metrics.csv and samples.jsonl, for a checkpoint: by them a resumed run mends the files."""

@@ -14,6 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gptlab.model import GELU, Attention, Block, SwiGLU
 
+OWN_PARTS = {"qkv", "q_norm", "k_norm", "gate_up", "up", "proj"}  # of `Attention` and the MLPs
+
 
 def whole(value: Any, order: Tensor | None = None) -> Any:
     """A tensor put together from all ranks, which must all ask for it, with its rows where `order` has taken them from;
@@ -90,13 +92,19 @@ def split_rows(block: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | No
 
     The matrices of a block are gathered as one, in the type in which they are multiplied: autocast would make that copy
     of what was gathered in full, and keep it of every block until the backward pass. Norms, which it computes in
-    float32, are gathered with the embeddings; so not a bit of the result differs from that of whole copies.
+    float32, are gathered with the embeddings; so not a bit of the result differs from that of whole copies. Blocks with
+    other parts are gathered as they are.
     """
-    if isinstance(block, Block):
+    if type(block) is Block and all(is_own(part) for part in (block.attention, block.mlp)):
         policy = MixedPrecisionPolicy(computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard([block.attention, block.mlp], mesh=mesh, mp_policy=policy)
     else:
         fully_shard(block, mesh=mesh)
+
+
+def is_own(part: nn.Module) -> bool:
+    """Whether an attention or MLP has the parameters of gptlab's own and no others."""
+    return {name.split(".")[0] for name, _ in part.named_parameters()} <= OWN_PARTS
 
 
 def require_splittable(model: nn.Module, ranks: int) -> None:

@@ -14,6 +14,7 @@ from gptlab.signals import PARENT, SIGNALS, exit_code
 
 PROCESS_START = time.time()
 _begun = False
+last_words: str | None = None  # a line that is owed, however the process ends
 
 
 def begin(door: str) -> None:
@@ -48,10 +49,16 @@ def leave(signum: int, frame: FrameType | None) -> None:
 
 
 def finish(code: int) -> None:
-    """From here on a signal ends the process at once, with the code that it ends with anyway."""
+    """From here on a signal ends the process at once, with the code that it ends with anyway, and its last words."""
+
+    def end(*_: object) -> None:
+        if last_words:
+            os.write(1, f"{last_words}\n".encode())
+        os._exit(code)
+
     if _begun:  # otherwise the process is somebody else's
         for signum in SIGNALS:
-            signal.signal(signum, lambda *_: os._exit(code))
+            signal.signal(signum, end)
 
 
 def ignore_signals() -> None:

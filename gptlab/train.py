@@ -65,7 +65,7 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         # Lightning's first process would take a follower that ends as asked for one that has failed.
         return 0 if leader is not None and code in jobs.INTERRUPTED else code
     folder.acquire(resume=found is not None)
-    exit_code = None
+    exit_code, start.last_words = None, f"run: {folder.path}"
     try:
         if found is None:  # before there is a status: what has one can be resumed
             save_config(cfg, folder)
@@ -78,7 +78,8 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
             folder.discard()
         folder.release()
         if not is_useless:
-            doors.say(f"run: {folder.path}")
+            doors.say(start.last_words)
+        start.last_words = None
 
 
 def require_run_dir(cfg: dict[str, Any]) -> None:
@@ -133,8 +134,6 @@ def run(
                 log.info("nothing to do: %s", ended)
                 outcome.nothing_to_do(state)
                 return 0
-            if changed := elsewhere(state, task.circumstances(trainer)):
-                log.info("close to the uninterrupted run, but not bit for bit: %s", changed)
         # Nothing that was there before has been touched up to here.
         if ranks.is_first():
             if resumes:
@@ -164,13 +163,6 @@ def why_ended(state: dict[str, Any], watchers: assembly.Watchers, overridden: di
     ):
         return "the run has stopped early; a larger +callbacks.early_stopping.patience lets it go on"
     return None
-
-
-def elsewhere(state: dict[str, Any], now: dict[str, Any]) -> str:
-    """What is no longer as it was when a checkpoint was written; where nothing is, all goes on bit for bit."""
-    then = state[checkpoint.OWN_KEY]["hardware"] or {}  # an older gptlab wrote less of it down
-    changed = [key for key in now if key in then and then[key] != now[key]]
-    return "; ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed)
 
 
 def describe_data(data: TextDataModule) -> str:

@@ -167,6 +167,7 @@ CONFIG_FAULTS = [
     ("trainer=ddp trainer.accelerator=cpu trainer.devices=0", ("trainer.devices=0", "from 1 on")),
     ("trainer=ddp trainer.accelerator=cpu trainer.devices=-1", ("trainer.devices=-1", "from 1 on")),
     ("trainer=ddp trainer.accelerator=cpu trainer.devices=two", ("trainer.devices=two", "auto")),
+    ("trainer=cpu trainer.devices=2", ("trainer.devices=2 are several", "use trainer=ddp, fsdp or tp")),
     ("trainer=fsdp trainer.accelerator=cpu trainer.devices=[0,1]", ("trainer.devices=[0, 1]", "from 1 on")),
     ("trainer.num_nodes=0", ("trainer.num_nodes=0", "at least 1")),
     ("max_time=0", ("max_time=0", "null")),
@@ -202,7 +203,7 @@ def test_devices_of_two_gpus(monkeypatch):
     for floor in ("fabric", "pytorch"):
         monkeypatch.setattr(f"lightning.{floor}.accelerators.cuda.num_cuda_devices", lambda: 2)
     for devices in (1, 2, -1, "-1", "auto", [0, 1], [1], "0,1", "2"):
-        assert list(checks.device_faults({"devices": devices})) == []
+        assert list(checks.device_faults({"devices": devices, "strategy": {"by": "rows"}})) == []
     for devices in (0, 3, -2, "0", "none", [], [2], [0, 0], "0,5"):
         (fault,) = checks.device_faults({"devices": devices})
         assert fault.startswith(f"trainer.devices={devices} names no cuda devices")

@@ -16,6 +16,8 @@ from conftest import SMALL, compose, door, prose
 from trials import differences, rows, weights
 
 from gptlab import assembly, checkpoint, doors
+from gptlab.resume import newest_checkpoint
+from gptlab.run import RunFolder
 
 STEPS = 13  # an epoch has 5 of them
 RUN = (
@@ -40,7 +42,8 @@ def interrupted_at(run: Path, step: int, into: Path) -> Path:
 
 def killed(run: Path) -> None:
     """Have the status say what it would after a kill -9 before the first save."""
-    (run / "result.json").unlink()
+    for file in ("result.json", "metrics.csv"):
+        (run / file).unlink()
     (run / "status.json").write_text(json.dumps({"status": "running", "step": 0, "pid": 2**22 + 1}))
 
 
@@ -160,23 +163,53 @@ def test_no_damaged_file_takes_all_there_is(train, tmp_path, capsys, background)
     assert train(part, f"resume={part}", f"trainer.max_steps={STEPS}") == 0
     assert f"continuing from {folder / 'previous.ckpt'}, at step 5" in capsys.readouterr().out
     assert_same_run(whole, part)
+    assert checkpoint.load(folder / "previous.ckpt")["global_step"] == STEPS - 1
+
+
+def test_a_run_that_goes_on_has_two_files_from_its_first_save_on(train, tmp_path):
+    run = tmp_path / "run"
+    options = (*RUN, "schedule=constant", "checkpoint.keep_last=0", "validation.every_steps=1")
+    assert train(run, *options, "trainer.max_steps=4") == 0
+    (run / "checkpoints/previous.ckpt").unlink()
+    assert train(run, f"resume={run}", "trainer.max_steps=5") == 0
+    assert checkpoint.load(run / "checkpoints/previous.ckpt")["global_step"] == 4
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(train, tmp_path, capsys):
     run = tmp_path / "run"
-    assert train(run, *RUN, "trainer.max_steps=3") == 0
+    assert train(run, *RUN, "trainer.max_steps=7") == 0
     before = (run / "metrics.csv").read_text()
     for path in (run / "checkpoints").glob("*.ckpt"):
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint is left of a run that had some: put a whole one there"):
         train(run, f"resume={run}")
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ValueError, match="no checkpoint is left"):
-        train(run, f"resume={run}")
+    for status in ("completed", "interrupted"):  # then, by the validations that it has made
+        (run / "status.json").write_text(json.dumps({"status": status, "step": 3, "pid": 1}))
+        with pytest.raises(ValueError, match="no checkpoint is left"):
+            train(run, f"resume={run}")
     assert (run / "metrics.csv").read_text() == before
     killed(run)
     assert train(run, f"resume={run}") == 0
     assert "no checkpoint yet: the run begins at step 0" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_was_put_back_by_hand_is_held_to_its_own_checksums(train, tmp_path, capsys):
+    """The manifest has forgotten it, which makes it no damaged one."""
+    run, aside = tmp_path / "run", tmp_path / "aside.ckpt"
+    assert train(run, *RUN, "checkpoint.keep_last=2") == 0
+    other = tmp_path / "other"
+    assert train(other, *RUN, "trainer.max_steps=4", "seed=5") == 0
+    shutil.copy(other / "checkpoints/last.ckpt", aside)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+    shutil.copy(aside, run / "checkpoints/last.ckpt")
+    capsys.readouterr()
+    assert newest_checkpoint(RunFolder(run)) == run / "checkpoints/last.ckpt"
+    assert "manifest.json does not know it; by its own checksums it is whole" in capsys.readouterr().out
+    flip_a_bit(run / "checkpoints/last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt: it has .* bytes and should have"):
+        newest_checkpoint(RunFolder(run))
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(train, tmp_path):

@@ -29,6 +29,7 @@ def test_signals_after_the_run_is_saved_end_it_with_a_code_of_the_contract(tmp_p
         while process.poll() is None:
             process.send_signal(signum)
             time.sleep(0.002)
+        assert process.stdout.read() == f"run: {part}\n"
     finally:
         process.kill()
         process.stdout.close()

@@ -50,8 +50,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def _write(
         self, checkpoint_dict: dict[str, Any], path: Path, links: list[Path], spare: Path | None, drop: list[Path]
     ) -> None:
-        if spare is not None:
-            spare.unlink(missing_ok=True)  # never three at a time: disks are sized for two
         checkpoint.save(checkpoint_dict, path, links, spare)
         for old in drop:
             old.unlink(missing_ok=True)
@@ -177,12 +175,15 @@ class Checkpoints(StepCallback):
         super().on_train_start(trainer, task)
         begin_the_epoch(trainer)
         self._saved_at = time.monotonic()
-        if trainer.is_global_zero:  # two of them: an old file stays until the new one is whole
+        self._has_saved = Path(trainer.ckpt_path or "") == self.folder / "last.ckpt"
+        if trainer.is_global_zero:  # the best, the last and, until it is whole, a new one, besides those to be kept
             self.folder.mkdir(parents=True, exist_ok=True)
             state = task.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
             weights, optimizer = (checkpoint.tensor_bytes(part) for part in state)
             averages = weights if average_in(trainer) else 0
-            require_space(self.folder, 2 * (averages + max(weights + optimizer, 3 * weights)))
+            size = averages + max(weights + optimizer, 3 * weights)
+            files = {path.stat().st_ino: path.stat().st_size for path in self.folder.glob("*.ckpt")}
+            require_space(self.folder, max(size, (3 + self.keep_last) * size - sum(files.values())))
 
     def _due(self, trainer: Trainer, step: int) -> bool:
         at_step = self.every_steps is not None and step % self.every_steps == 0
@@ -237,7 +238,7 @@ class Checkpoints(StepCallback):
             drop = sorted({*steps, links[-1]})[: -self.keep_last]
         stay = steps.union([best] if best.exists() else []).difference(links, drop)
         names = {"links": links, "drop": drop if not stay else [*drop, previous]}
-        if not stay and self._has_saved:  # of what was there before this process, nobody knows whether it is whole
+        if not stay and self._has_saved:  # otherwise nobody knows whether the last one is whole
             names["spare"] = previous
         trainer.save_checkpoint(self.folder / "last.ckpt", storage_options=names)
         self._has_saved = True

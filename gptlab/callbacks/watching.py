@@ -1,5 +1,6 @@
 """What a person sees while a model trains: a line a validation, samples, and a word when something goes wrong."""
 
+import contextlib
 import json
 import logging
 import math
@@ -131,7 +132,7 @@ class Samples(StepCallback):
         if not trainer.is_global_zero and not is_split(task.model):
             return
         for prompt in self.prompts:
-            text = self.continuation(task, prompt)  # by all ranks that hold a part of the network
+            text = self.continuation(trainer, task, prompt)  # by all ranks that hold a part of the network
             if not trainer.is_global_zero:
                 continue
             with open(self.path, "a") as file:
@@ -141,19 +142,23 @@ class Samples(StepCallback):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"samples/{prompt or 'from nothing'}", prompt + text, step)
 
-    def continuation(self, task: LightningModule, prompt: str) -> str:
+    def continuation(self, trainer: Trainer, task: LightningModule, prompt: str) -> str:
         ids = torch.tensor([EOS_ID, *task.tokenizer.encode(prompt).tolist()])  # as at the start of a document
-        new = generate(
-            task.model,
-            ids,
-            self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop_id=EOS_ID,
-            vocab_size=task.tokenizer.vocab_size,
-            agree=partial(of_first_rank, device=task.device) if is_split(task.model) else int,
-        )
+        context, agree = contextlib.nullcontext(), int
+        if is_split(task.model):  # its matrices are gathered in the type of training, and compute in no other
+            context, agree = trainer.precision_plugin.forward_context(), partial(of_first_rank, device=task.device)
+        with context:
+            new = generate(
+                task.model,
+                ids,
+                self.max_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                seed=self.seed,
+                stop_id=EOS_ID,
+                vocab_size=task.tokenizer.vocab_size,
+                agree=agree,
+            )
         return task.tokenizer.decode(new)
 
 

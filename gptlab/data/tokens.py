@@ -108,14 +108,17 @@ def differences(then: list[tuple[str, str]], now: list[tuple[str, str]]) -> str:
     """Of files as (path, hash): those that changed, are missing or new. They may have been moved, all of them."""
     old, new = ([sha256 for _, sha256 in side] for side in (then, now))
     lost, found = set(old) - set(new), set(new) - set(old)
-    gone = {Path(path).name: path for path, sha256 in then if sha256 in lost}
-    come = {Path(path).name: path for path, sha256 in now if sha256 in found}
+    gone, come = ([path for path, sha256 in side if sha256 in odd] for side, odd in ((then, lost), (now, found)))
+    changed = [path for path in come if path in gone]
+    gone, come = ([path for path in side if path not in changed] for side in (gone, come))
+    moved = [path for path in come if [Path(other).name for other in gone].count(Path(path).name) == 1]
+    names = {Path(path).name for path in moved}
     kinds = {
-        "changed": [path for name, path in come.items() if name in gone],
-        "missing": [path for name, path in gone.items() if name not in come],
-        "new": [path for name, path in come.items() if name not in gone],
+        "changed": changed + moved,
+        "missing": [path for path in gone if Path(path).name not in names],
+        "new": [path for path in come if path not in moved],
     }
-    if not gone and not come and old != new:
+    if not lost and not found and old != new:
         return "the files are the same, in another order"
     return "; ".join(f"{kind}: {several(paths)}" for kind, paths in kinds.items() if paths)
 

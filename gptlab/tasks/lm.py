@@ -3,11 +3,12 @@
 Shapes: B batch, T time, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,6 +22,8 @@ from gptlab.optim import keep_kernels, parameter_groups
 from gptlab.sharding import local, norm_square, split
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
+
+log = logging.getLogger("gptlab")
 
 REQUESTS = ("interrupt", "terminate", "time", "save")  # what ranks ask of each other
 MATRICES_IN = {"bf16-mixed": torch.bfloat16}  # where that is not the type of the weights
@@ -67,6 +70,7 @@ class LMTask(LightningModule):
         self.requests, self.requested = torch.zeros(len(REQUESTS)), torch.zeros(len(REQUESTS))
         self.skipped_steps = self.skipped_in_a_row = 0
         self.figures: dict[str, float] = {}  # of the last validation, in float64, where Lightning keeps float32
+        self._circumstances_then: dict[str, Any] = {}  # of the checkpoint that this one goes on from
         self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
 
     def set_compile(self, compile: bool) -> None:
@@ -194,14 +198,21 @@ class LMTask(LightningModule):
         state[checkpoint.OWN_KEY] |= {
             "interval_sums": self.interval_sums.clone(),
             "skipped_steps": self.skipped_steps,
-            "hardware": self.circumstances(self.trainer),
+            "hardware": self.circumstances(),
         }
 
-    def circumstances(self, trainer: Trainer) -> dict[str, Any]:
+    def circumstances(self) -> dict[str, Any]:
         """All that a run goes on bit for bit on, where it stays the same."""
-        found = hardware(trainer.strategy.root_device) | {"ranks": trainer.world_size, "compiled": self.compiled}
-        return found | {"precision": trainer.precision}
+        found = hardware(self.device) | {"ranks": self.trainer.world_size, "compiled": self.compiled}
+        return found | {"precision": self.trainer.precision}
+
+    def on_train_start(self) -> None:
+        then, now = self._circumstances_then, self.circumstances()
+        changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if key in then and then[key] != now[key]]
+        if changed:
+            log.info("close to the uninterrupted run, but not bit for bit: %s", "; ".join(changed))
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
         self.interval_sums.copy_(state[checkpoint.OWN_KEY]["interval_sums"])
         self.skipped_steps = state[checkpoint.OWN_KEY]["skipped_steps"]
+        self._circumstances_then = state[checkpoint.OWN_KEY]["hardware"] or {}  # an older gptlab wrote less of it down
