@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptlab.attention import attend
 from gptlab.cache import KVCache, LayerCache
 from gptlab.names import load_class
 
@@ -165,15 +166,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # a single query may look at every key there is
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
+        causal = mask is None and T > 1  # a single query may look at every key there is
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.residual_dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
