@@ -34,6 +34,7 @@ def meet(address: str, port: int, rank: int, world: int, timeout: timedelta) -> 
         address, port = (_own_address(*posted), 0) if rank == 0 else ("", 0)
     if rank == 0:
         store = _kept(port, timeout)
+        port = store.port
         if board is not None:
             board.set(PLACE, f"{address} {store.port}")
     else:

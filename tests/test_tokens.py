@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from gptlab.data import tokens
+from gptlab.data.changes import differences
 from gptlab.data.corpus import Document, Files, Source
-from gptlab.data.tokens import TokenFile, cache_dir, differences, open_prepared, prepare
+from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare
 from gptlab.data.windows import report
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 
@@ -359,3 +360,5 @@ def test_files_that_changed_are_told_from_those_that_moved():
     now = [("/now/a", "a"), ("/now/b", "other"), ("/now/e", "e"), ("/now/d", "d")]
     assert differences(then, now) == "changed: /now/b; missing: /then/c; new: /now/e"
     assert differences(then, then[::-1]) == "the files are the same, in another order"
+    then, now = [("de/text", "a"), ("en/text", "b")], [("en/text", "other")]  # two of one name
+    assert differences(then, now) == "changed: en/text; missing: de/text"

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from gptlab.data.changes import files_that_differ
 from gptlab.data.corpus import Files, Source
-from gptlab.data.tokens import Prepared, cache_dir, files_that_differ, prepare
+from gptlab.data.tokens import Prepared, cache_dir, prepare
 from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
 from gptlab.tokenizer import Tokenizer
 
