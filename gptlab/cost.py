@@ -1,12 +1,13 @@
 """What a network costs before it runs: parameters, FLOPs a token, and memory, without allocating any of it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gptlab.losses import token_nll
+from gptlab.losses import LOGITS_AT_ONCE, summed_nll
 from gptlab.model import GPT, GPTConfig
 
 # Dense bf16 peaks in TFLOP/s, from the makers' data sheets (the figures with sparsity are twice these). The longest
@@ -29,12 +30,15 @@ PEAK_TFLOPS = {
 }
 
 
+LOGIT_BYTES = 16  # float32 logits, their exponentials, and two more in between, while the loss is computed
+
+
 @dataclass(frozen=True)
 class Cost:
     parameters: int  # all, padded vocabulary included
     parameters_non_embedding: int  # without token and position tables; an untied head counts
     flops_per_token: float  # one training step: forward and backward
-    memory_bytes: int  # weights, their average if any, gradients, two moments, and the activations of one micro-batch
+    memory_bytes: int  # weights, their average if any, gradients, two moments, activations and logits of a micro-batch
 
 
 def computes_in_bf16(device: str) -> bool:
@@ -81,7 +85,9 @@ def activation_bytes(config: GPTConfig, batch_size: int, bf16: bool, trust: tupl
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            loss = token_nll(model(tokens), tokens).sum()  # kept alive, so that no storage is counted twice or reused
+            keep_all = torch.ones_like(tokens, dtype=torch.bool)
+            readout = partial(summed_nll, targets=tokens, loss_mask=keep_all, vocab_size=config.vocab_size)
+            loss = model(tokens, readout=readout)  # kept alive, so that no storage is counted twice or reused
         del loss
     return sum(size for storage, size in kept.items() if storage not in own)
 
@@ -98,7 +104,8 @@ def estimate(
     total, non_embedding = count_parameters(model)
     state = (20 if averaged else 16) * total  # float32 weight, gradient and AdamW's two moments
     activations = activation_bytes(config, batch_size, bf16, trust)
-    return Cost(total, non_embedding, flops_per_token(model, config.block_size), state + activations)
+    logits = LOGIT_BYTES * min(batch_size * config.block_size * config.padded_vocab_size, LOGITS_AT_ONCE)
+    return Cost(total, non_embedding, flops_per_token(model, config.block_size), state + activations + logits)
 
 
 def peak_tflops(device_name: str) -> float | None:

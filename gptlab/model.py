@@ -6,6 +6,7 @@ Qwen3, and without QK-norm that of Llama; `model=gpt2` is GPT-2.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,14 +262,18 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+        readout: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Logits (B, T, V) of the token after each of `tokens` (B, T).
 
         `positions` (B, T) default to 0, 1, ... after what `cache` holds. With `document_ids` (B, T), tokens look
-        only at tokens of their own document.
+        only at tokens of their own document. `readout(hidden, weight)` is what to make of the residual stream
+        (B, T, D) and the matrix (V or more, D) whose product are the logits, where they need not all be there at once.
         """
         x = self.hidden(tokens, positions, document_ids, cache)
         weight = self.embed.weight if self.head is None else self.head.weight
+        if readout is not None:
+            return readout(x, weight)
         return F.linear(x, weight)[..., : self.config.vocab_size]  # padded rows are never predicted
 
     def hidden(

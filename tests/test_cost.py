@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptlab.cost import activation_bytes, count_parameters, estimate, flops_per_token, peak_tflops
-from gptlab.losses import token_nll
+from gptlab.losses import summed_nll
 from gptlab.model import GPT, GPTConfig
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
@@ -21,13 +22,19 @@ def small(**changes) -> GPTConfig:
     return GPTConfig(**{"vocab_size": 100, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 64} | changes)
 
 
+def loss_of(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    keep_all = torch.ones_like(tokens, dtype=torch.bool)
+    vocab_size = model.config.vocab_size
+    return model(tokens, readout=partial(summed_nll, targets=tokens, loss_mask=keep_all, vocab_size=vocab_size))
+
+
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
 def test_flops_are_those_of_a_step(changes):
     """Equal to the last one, with attention computed in full: the formula knows of no causal saving."""
     model = GPT(small(**changes))
     tokens = torch.randint(100, (2, 64))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        token_nll(model(tokens), tokens).sum().backward()
+        loss_of(model, tokens).backward()
     assert counter.get_total_flops() == flops_per_token(model, 64) * tokens.numel()
 
 
@@ -65,7 +72,7 @@ def kept_bytes(config: GPTConfig, batch_size: int, bf16: bool) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        loss = token_nll(model(tokens), tokens).sum()
+        loss = loss_of(model, tokens)
     del loss
     return sum(size for address, size in kept.items() if address not in own)
 
@@ -87,7 +94,8 @@ def test_estimate_adds_up():
     cost, model = estimate(config, 4), GPT(config)
     assert (cost.parameters, cost.parameters_non_embedding) == count_parameters(model)
     assert cost.flops_per_token == flops_per_token(model, 64)
-    assert cost.memory_bytes == 16 * cost.parameters + activation_bytes(config, 4, False, ())
+    logits = 4 * 64 * config.padded_vocab_size
+    assert cost.memory_bytes == 16 * cost.parameters + activation_bytes(config, 4, False, ()) + 16 * logits
     assert estimate(config, 4, averaged=True).memory_bytes == cost.memory_bytes + 4 * cost.parameters
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from gptlab.callbacks.saving import Checkpoints
 from gptlab.callbacks.steps import Budget, CompileAhead
 from gptlab.data.module import DataConfig, TextDataModule
+from gptlab.losses import token_nll
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import Muon, constant
 from gptlab.tasks.lm import LMTask
@@ -135,7 +136,7 @@ def test_logged_loss_is_exact_over_many_tokens_in_any_precision(precision):
     model = make_task().model
     with torch.no_grad():
         nll = sum(
-            float((task.token_nll(model(b["tokens"]), b["targets"]) * b["loss_mask"]).sum(dtype=torch.float64))
+            float((token_nll(model(b["tokens"]), b["targets"]) * b["loss_mask"]).sum(dtype=torch.float64))
             for b in batches
         )
     assert task.training_figures()["train/loss"] == pytest.approx(nll / tokens, rel=1e-6 if "32" in precision else 1e-3)

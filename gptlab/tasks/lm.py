@@ -5,6 +5,7 @@ Shapes: B batch, T time, V vocabulary.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gptlab import checkpoint
 from gptlab.data.module import data_rank
-from gptlab.losses import document_layout, masked_sum, token_nll
+from gptlab.losses import document_layout, scored, summed_nll
 from gptlab.machine import hardware
 from gptlab.model import GPT
 from gptlab.optim import keep_kernels, parameter_groups
@@ -74,9 +75,10 @@ class LMTask(LightningModule):
         self.tokens_a_batch = 0  # of one rank's micro-batch, counted or not; all have one shape
 
     def set_compile(self, compile: bool) -> None:
-        """Compile the network in place, so that no weight changes its name; or stop doing so."""
+        """Compile the network in place, so that no weight changes its name, and with its loss; or stop doing so."""
         self.compiled = compile
-        self.token_nll = torch.compile(token_nll) if compile else token_nll
+        self.loss_and_sums = torch.compile(self._loss_and_sums) if compile else self._loss_and_sums
+        self.scored = torch.compile(self._scored) if compile else self._scored
         if compile:
             self.model.compile()
         else:
@@ -91,19 +93,30 @@ class LMTask(LightningModule):
         for name in ("step_sums", "interval_sums", "gradient_norm", "requests", "requested"):
             setattr(self, name, getattr(self, name).to(self.device))
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(B, T, V), each token seeing all before it in the row, or in its document."""
+    def logits(self, tokens: Tensor, readout: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """(B, T, V), each token seeing all before it in the row, or in its document; or what `readout` makes of it."""
         if not self.separate_documents:
-            return self.model(tokens)
+            return self.model(tokens, readout=readout)
         document_ids, positions = document_layout(tokens, EOS_ID)
-        return self.model(tokens, positions, document_ids)
+        return self.model(tokens, positions, document_ids, readout=readout)
+
+    def _loss_and_sums(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a mean over all tokens, and two sums (2,): the nll of those that count, and how many do."""
+        nll = self.logits(
+            tokens,
+            partial(summed_nll, targets=targets, loss_mask=loss_mask, vocab_size=self.model.config.vocab_size),
+        )
+        return nll / targets.numel(), torch.stack((nll.detach(), loss_mask.sum()))
+
+    def _scored(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The nll of each target, and the likeliest token in its place, both (B, T)."""
+        return self.logits(tokens, partial(scored, targets=targets, vocab_size=self.model.config.vocab_size))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        targets, loss_mask = batch["targets"], batch["loss_mask"]
-        nll = masked_sum(self.token_nll(self.logits(batch["tokens"]), targets), loss_mask)
-        self.step_sums += torch.stack((nll.detach(), loss_mask.sum()))
-        self.tokens_a_batch = targets.numel()
-        return nll / self.tokens_a_batch
+        loss, sums = self.loss_and_sums(batch["tokens"], batch["targets"], batch["loss_mask"])
+        self.step_sums += sums
+        self.tokens_a_batch = batch["targets"].numel()
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -116,8 +129,9 @@ class LMTask(LightningModule):
         Lightning has averaged micro-batches and ranks as if every token of theirs counted. What is wanted is the mean
         over the tokens that did. All is one multiplication, so fused optimizers and bf16 need no special care.
         """
-        gradients = [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
-        square = norm_square(self.model.parameters(), self.trainer.world_size)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        square = norm_square(parameters, self.trainer.world_size)
         sums = torch.cat((self.step_sums, self.requests, square))
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)  # the strategy's own `reduce` would wait at a barrier first
@@ -172,9 +186,8 @@ class LMTask(LightningModule):
         return figures if self.skipped_in_a_row else figures | {"train/gradient_norm": norm}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self.logits(batch["tokens"])
-        nll = self.token_nll(logits, batch["targets"])
-        self.validation.update(nll, logits.argmax(dim=-1), batch["targets"], batch["loss_mask"])
+        nll, likeliest = self.scored(batch["tokens"], batch["targets"])
+        self.validation.update(nll, likeliest, batch["targets"], batch["loss_mask"])
 
     def on_validation_epoch_end(self) -> None:
         self.figures = figures = {f"val/{name}": value for name, value in self.validation.compute().items()}
