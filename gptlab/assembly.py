@@ -1,8 +1,10 @@
 """From a plain config to the objects of a run. Only doors call it; below it, no config is known."""
 
+import contextlib
 import logging
 import platform
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,25 @@ def wants_compile(word: Any, node: dict[str, Any]) -> bool:
         return word is True
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++")) and platform.system() == "Linux"
     return device_type(node["accelerator"]) == "cuda" or has_compiler
+
+
+def import_compiler(cfg: dict[str, Any]) -> None:
+    """Import the compiler where it is wanted, and let it find out meanwhile what the processor can do.
+
+    It tries that in processes of its own, a second long, at every start. Where this fails it tries again when it needs
+    to know, and then somebody hears of it.
+    """
+    if not wants_compile(cfg["compile"], cfg["trainer"]):
+        return
+    import torch._inductor.compile_fx  # noqa: F401  here, because it takes most of a second
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):
+            valid_vec_isa_list()
+
+    if device_type(cfg["trainer"]["accelerator"]) == "cpu":
+        threading.Thread(target=probe, daemon=True).start()
 
 
 def build_task(cfg: dict[str, Any], model: GPT, tokenizer: Tokenizer, total_steps: int) -> LMTask:

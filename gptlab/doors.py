@@ -169,6 +169,7 @@ def run_name(cfg: dict[str, Any]) -> str:
 
 def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], int]) -> None:
     """Compose the config `name` from the command line, act on it, and exit. Each job of a sweep is its own process."""
+    start.imported()
     quiet()
     for signum in SIGNALS:
         signal.signal(signum, interrupt)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def begin(door: str) -> None:
         sys.exit(0)
     if os.environ.get("GPTLAB_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are pages of addresses
+    gc.disable()  # until `imported`: what modules make stays, and looking for garbage in it takes a fifth of the time
     global _begun
     _begun = True
     atexit.register(ignore_signals)  # the first to be registered runs last
@@ -33,6 +35,13 @@ def begin(door: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked where a worker of Ray or submitit starts this
     if parent := os.environ.pop(PARENT, None):  # not for the processes that this one starts
         end_with(int(parent))
+
+
+def imported() -> None:
+    """The imports are over: garbage is looked for again, and not in what they have made."""
+    if _begun:  # otherwise the process is somebody else's
+        gc.freeze()
+        gc.enable()
 
 
 def end_with(parent: int) -> None:

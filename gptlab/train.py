@@ -112,6 +112,7 @@ def run(
             cfg, parent, tokenizer = inherit(cfg, overridden)
             saved_cfg = cfg
         data = assembly.build_data(cfg, tokenizer)
+        assembly.import_compiler(cfg)
         model = assembly.build_model(cfg, data.tokenizer)
         if parent is not None:
             model.load_state_dict(checkpoint.model_weights(parent))

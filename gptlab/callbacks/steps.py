@@ -232,6 +232,8 @@ class CompileAhead(Callback):
         task.step_sums.zero_()
         task.validation.reset()
         self.seconds = time.perf_counter() - start
+        if task.compiled:
+            log.info("compiled in %.1f s", self.seconds)
 
     def _run_once(self, trainer: Trainer, task: LightningModule) -> None:
         windows = trainer.datamodule.train_windows
