@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peers.clock import Clock, given, report
 from torch import Tensor
 
 from gptlab import attention
@@ -18,7 +19,6 @@ from gptlab.model import GPT, GPTConfig
 from gptlab.optim import constant, parameter_groups
 from gptlab.tasks.lm import LMTask
 from gptlab.tokenizer import ByteTokenizer
-from peers.clock import Clock, given, report
 
 STYLES = {
     "gpt2": {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},

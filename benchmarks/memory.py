@@ -74,7 +74,9 @@ def show(blocks: list[int], arguments: argparse.Namespace, checkpointing: bool) 
         held = [(figures[side] - figures["start"]) / logits for side in ("train", "validation")]
         cells = (f"{figures['start']:,.0f}", f"{figures['train']:,.0f}", grew, more, f"{held[0]:.1f}")
         rows.append((block, *cells, f"{figures['validation']:,.0f}", f"{held[1]:.1f}"))
-    header = "block | start, MB | training, MB | growth | more a token, KB | held / logits | validation, MB | held / logits"
+    header = (
+        "block | start, MB | training, MB | growth | more a token, KB | held / logits | validation, MB | held / logits"
+    )
     return markdown(header, rows)
 
 

@@ -3,7 +3,7 @@
 Two tables. The GPT-2 style network (LayerNorm, learned positions, GELU, biases) in a plain eager float32 loop (of
 gptlab's network, with torch's own attention, loss and fused AdamW), then with bf16, with `torch.compile`, with gptlab's
 attention and loss, with the order of adding up that lets runs repeat, and in `python -m gptlab.train` itself: what the
-frame costs is between the last two. And the Llama style one (RMSNorm, rotary positions, SwiGLU) in transformers' Trainer
+frame costs is between the last two. The Llama style one (RMSNorm, rotary positions, SwiGLU) in transformers' Trainer
 and LitGPT's loop, by their defaults and at their best. Batch, vocabulary and parameters are the same for all.
 
 Each contender is a process of its own, and all take turns; the figure of a round is the median over intervals of ten
@@ -14,7 +14,6 @@ environments of their own below `GPTLAB_CACHE_DIR`, on top of this one, so that 
 
 import argparse
 import functools
-import json
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bare import STYLES
@@ -71,22 +71,24 @@ def peer_python(name: str) -> str:
     return str(python)
 
 
-def by_gptlab(folder: Path, task: dict, *more: str) -> float:
-    """Median seconds of a step of the real command, from its result.json."""
+def gptlab_keys(task: dict[str, Any], text: Path) -> list[str]:
+    """What is told to `gptlab.train` so that it takes the steps of the others."""
     fields = {name: task[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    keys = [f"model.{name}={value}" for name, value in (fields | STYLES[task["style"]]).items()]
-    result = run_gptlab(
-        folder,
-        *keys,
-        f"data.files={letters(folder)}",
+    return [
+        *(f"model.{name}={value}" for name, value in (fields | STYLES[task["style"]]).items()),
+        f"data.files={text}",
         f"data.batch_size={task['batch_size']}",
         f"trainer={'gpu' if task['device'] == 'cuda' else 'cpu'}",
         f"trainer.max_steps={task['steps']}",
         *("tokenizer=byte", "optimizer=adamw", "samples.every_steps=null", "validation.every_steps=100000"),
-        *more,
-    )
+    ]
+
+
+def by_gptlab(folder: Path, task: dict[str, Any], *more: str) -> float:
+    """Median seconds of a step of the real command, from its result.json."""
+    result = run_gptlab(folder, *gptlab_keys(task, letters(folder)), *more)
     if result["params"] != task["parameters"]:
-        print(f"  gptlab.train: {result['params']:,} parameters", file=sys.stderr)
+        raise ValueError(f"{result['params']:,} parameters, where the others have {task['parameters']:,}")
     return task["batch_size"] * task["block_size"] / result["tokens_per_second"]
 
 
@@ -103,7 +105,7 @@ def matrix_product(device: str, size: int) -> float:
     return min(times)
 
 
-def contenders(task: dict, peers: list[str], folder: Path) -> dict[str, Callable[[], float]]:
+def contenders(task: dict[str, Any], peers: list[str], folder: Path) -> dict[str, Callable[[], float]]:
     def bare(how: str) -> Callable[[], float]:
         return lambda: drive(sys.executable, HERE / "bare.py", task | {"how": how})
 
@@ -124,7 +126,7 @@ def contenders(task: dict, peers: list[str], folder: Path) -> dict[str, Callable
     return ways | own
 
 
-def show(task: dict, measured: dict[str, list[float]], peak: list[float], flops: float, size: int) -> str:
+def show(task: dict[str, Any], measured: dict[str, list[float]], peak: list[float], flops: float, size: int) -> str:
     first, own = next(iter(measured.values())), measured.get("`gptlab.train`")
     rows, tokens = [], task["batch_size"] * task["block_size"]
     for name, seconds in measured.items():
