@@ -50,7 +50,7 @@ def test_train_throughput():
     (table,) = tables(
         run("train_throughput", "--shape", "test", "--style", "gpt2", "--peers", "none", "--steps=4", "--rounds=1")
     )
-    assert list(table)[0] == "eager float32 loop"
+    assert next(iter(table)) == "eager float32 loop"
     assert number(table["eager float32 loop"][2]) == 1
     ms, tokens = number(table["`gptlab.train`"][0]), number(table["`gptlab.train`"][1])
     assert tokens == pytest.approx(2 * 16 / ms * 1e3, rel=0.01)
