@@ -4,7 +4,7 @@ Each row is a process of its own: gptlab's task on one window of `block` tokens 
 batch as validation does. Its network is 4 layers, 256 wide. On a CPU the figure is the peak of resident memory, on a
 GPU that of torch's allocator. `start` is what is held before the first step: torch, weights. `more a token` is what the
 peak grew by since the row above, over the tokens that came on top: it stays or falls where memory grows no faster than
-linearly. `held / logits` is the peak without the start, in units of one float32 tensor of all logits.
+linearly. One token's logits alone are 196 KB in float32.
 """
 
 import argparse
@@ -63,21 +63,23 @@ def measure(block: int, arguments: argparse.Namespace, checkpointing: bool) -> d
 
 
 def show(blocks: list[int], arguments: argparse.Namespace, checkpointing: bool) -> str:
-    rows, before = [], None
+    rows: list[tuple[object, ...]] = []
+    before: tuple[int, dict[str, float]] | None = None
     for block in blocks:
         figures = measure(block, arguments, checkpointing)
         print(f"  block {block}: {figures}", file=sys.stderr, flush=True)
-        more = "" if before is None else f"{(figures['train'] - before[1]) / (block - before[0]) * 1024:,.0f}"
-        grew = "" if before is None else f"{figures['train'] / before[1]:.2f}x"
-        before = block, figures["train"]
-        logits = block * VOCABULARY * 4 / 2**20
-        held = [(figures[side] - figures["start"]) / logits for side in ("train", "validation")]
-        cells = (f"{figures['start']:,.0f}", f"{figures['train']:,.0f}", grew, more, f"{held[0]:.1f}")
-        rows.append((block, *cells, f"{figures['validation']:,.0f}", f"{held[1]:.1f}"))
-    header = (
-        "block | start, MB | training, MB | growth | more a token, KB | held / logits | validation, MB | held / logits"
-    )
-    return markdown(header, rows)
+        cells = []
+        for side in ("train", "validation"):
+            cells.append(f"{figures[side]:,.0f}")
+            if before is None:
+                cells += ["", ""]
+                continue
+            more = (figures[side] - before[1][side]) / (block - before[0]) * 1024
+            cells += [f"{figures[side] / before[1][side]:.2f}x", f"{more:,.0f}"]
+        rows.append((block, f"{figures['start']:,.0f}", *cells))
+        before = block, figures
+    side = ("growth", "more a token, KB")
+    return markdown(" | ".join(("block", "start, MB", "training, MB", *side, "validation, MB", *side)), rows)
 
 
 def main() -> None:

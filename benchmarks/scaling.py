@@ -23,7 +23,7 @@ from typing import Any
 
 from bare import STYLES
 from train_throughput import SHAPES, VOCABULARY
-from turns import HERE, default_device, drive, machine, markdown, quotient, take_turns
+from turns import HERE, default_device, drive, machine, markdown, median, names_in, quotient, take_turns
 
 from gptlab.cost import flops_per_token
 from gptlab.data.tokens import TokenFile
@@ -49,19 +49,16 @@ def grow_steps(dimensions: list[str], arguments: argparse.Namespace) -> str:
             own = BASE | {DIMENSIONS[word]: BASE[DIMENSIONS[word]] * 2**times}
             sizes[f"{word} {own[DIMENSIONS[word]]}"] = own | {"n_head": own["n_embd"] // HEAD}
     ways = {name: step_of(own, 16, arguments.steps, arguments.device) for name, own in sizes.items()}
-    measured, rows = take_turns(ways, arguments.rounds), []
+    rounds, rows = take_turns(ways, arguments.rounds), []
     flops = {name: flops_a_step(own) for name, own in sizes.items()}
     for word in dimensions:
-        names = [name for name in measured if name.startswith(word)]
+        names = [name for name in names_in(rounds) if name.startswith(word)]
         for before, name in zip([None, *names], names, strict=False):
-            ms, rate = statistics.median(measured[name]) * 1e3, flops[name] / statistics.median(measured[name]) / 1e9
-            cells = ("", "") if before is None else growth(measured, flops, before, name)
-            rows.append((name, f"{ms:.1f}", *cells, f"{rate:,.0f}"))
+            seconds = median(rounds, name)
+            grown = (quotient(rounds, name, before), flops[name] / flops[before]) if before else ()
+            cells = [f"{factor:.2f}x" for factor in grown] or ["", ""]
+            rows.append((name, f"{seconds * 1e3:.1f}", *cells, f"{flops[name] / seconds / 1e9:,.0f}"))
     return markdown("| ms a step | growth | of the FLOPs | GFLOP/s", rows)
-
-
-def growth(measured: dict[str, list[float]], flops: dict[str, float], before: str, name: str) -> tuple[str, str]:
-    return f"{quotient(measured[name], measured[before]):.2f}x", f"{flops[name] / flops[before]:.2f}x"
 
 
 def flops_a_step(sizes: dict[str, int]) -> float:

@@ -15,8 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from turns import default_device, machine, markdown, run_gptlab, take_turns
+from turns import default_device, machine, markdown, median, names_in, run_gptlab, take_turns
 
+EMPTY = "an empty interpreter"
+FEW_SCORED = ("data.validation_fraction=0.005",)  # nobody waits here for the validation that ends a run
 IMPORTS = ("torch", "lightning.pytorch", "hydra", "gptlab.train")
 
 
@@ -39,7 +41,7 @@ class DefaultRun:
         self.cold_caches += how == "cold"
         env = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"compiled-{self.cold_caches}")}
         compile_ = "compile=false" if how == "eager" else "compile=true"
-        few = ("trainer.max_steps=2", "samples.every_steps=null", compile_)
+        few = ("trainer.max_steps=2", "samples.every_steps=null", *FEW_SCORED, compile_)
         result = run_gptlab(self.folder, *few, *self.overrides, **env)
         if how != "eager":
             self.compiling[how].append(result["seconds_to_compile"])
@@ -54,21 +56,21 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = DefaultRun(Path(folder), arguments.override)
-        ways = {"an empty interpreter": lambda: wall_s("-c", "")}
-        ways["`--help`"] = lambda: wall_s("-m", "gptlab.train", "--help")
+        ways = {EMPTY: lambda: wall_s("-c", ""), "`--help`": lambda: wall_s("-m", "gptlab.train", "--help")}
         ways |= {f"`import {name}`": lambda name=name: wall_s("-c", f"import {name}") for name in IMPORTS}
         if arguments.runs:
-            run_gptlab(Path(folder), "trainer.max_steps=1", "compile=false", *arguments.override)  # prepares the tokens
+            wall_s("-m", "gptlab.prepare", *FEW_SCORED)
             ways["first step, cold"] = lambda: run.to_first_step("cold")
             ways["first step, warm"] = lambda: run.to_first_step("warm")
             ways["first step, `compile=false`"] = lambda: run.to_first_step("eager")
-        measured = take_turns(ways, arguments.rounds)
-    rows, empty = [], statistics.median(measured["an empty interpreter"])
-    for name, seconds in measured.items():
-        median = statistics.median(seconds) - (empty if "import" in name else 0)
+        rounds = take_turns(ways, arguments.rounds)
+    rows = []
+    for name in names_in(rounds):
+        seconds = [row[name] for row in rounds]
+        own = median(rounds, name) - (median(rounds, EMPTY) if "import" in name else 0)
         compiling = run.compiling.get(name.rpartition(" ")[2])
         of_it = f"{statistics.median(compiling):.2f}" if compiling else ""
-        rows.append((name, f"{median:.2f}", of_it, f"{min(seconds):.2f} to {max(seconds):.2f}"))
+        rows.append((name, f"{own:.2f}", of_it, f"{min(seconds):.2f} to {max(seconds):.2f}"))
     print(f"{machine(default_device())}, {os.cpu_count()} processors, median of {arguments.rounds} rounds\n")
     print(markdown("| seconds | compiling | between", rows))
 

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from turns import default_device, machine, markdown, quotient, run_gptlab
+from turns import default_device, machine, markdown, run_gptlab
 
 REFERENCE_STEPS = 2000
 REFERENCE = (
@@ -64,6 +64,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[tuple
     return rows
 
 
+def median_ratio(ones: list[float], others: list[float]) -> float:
+    """Seed by seed."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
+
+
 def show(arguments: argparse.Namespace, rows: dict[str, list[tuple[float, ...]]]) -> str:
     names = {
         "reference": f"`shakespeare_cpu`, eager float32, {REFERENCE_STEPS} steps",
@@ -78,7 +83,7 @@ def show(arguments: argparse.Namespace, rows: dict[str, list[tuple[float, ...]]]
         seconds, walls, steps, losses, params = (list(column) for column in zip(*measured, strict=True))
         is_cut = key == "reference" and arguments.steps < REFERENCE_STEPS
         loss = "not run to its end" if is_cut else ", ".join(f"{loss:.4f}" for loss in losses)
-        ratios = [quotient(first_s, seconds), quotient(first_wall_s, walls)]
+        ratios = [median_ratio(first_s, seconds), median_ratio(first_wall_s, walls)]
         figures = (f"{statistics.median(seconds):.2f}", f"{ratios[0]:.2f}x", f"{statistics.median(walls):.2f}")
         ran = REFERENCE_STEPS if key == "reference" else statistics.median(steps)
         table.append((names[key], f"{params[0]:,.0f}", f"{ran:,.0f}", *figures, f"{ratios[1]:.2f}x", loss))

@@ -14,7 +14,6 @@ environments of their own below `GPTLAB_CACHE_DIR`, on top of this one, so that 
 
 import argparse
 import functools
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +26,20 @@ from typing import Any
 
 import torch
 from bare import STYLES
-from turns import HERE, default_device, drive, letters, machine, markdown, quotient, run_gptlab, take_turns
+from turns import (
+    HERE,
+    Rounds,
+    default_device,
+    drive,
+    letters,
+    machine,
+    markdown,
+    median,
+    names_in,
+    quotient,
+    run_gptlab,
+    take_turns,
+)
 
 from gptlab.cost import count_parameters, flops_per_token
 from gptlab.data.tokens import cache_dir
@@ -47,7 +59,7 @@ PEERS = {  # what is installed, and the driver
         "litgpt_loop.py",
     ),  # of a newer one, hub is not its own
 }
-PEAK = "bf16 matrix product"
+PEAK, OWN = "bf16 matrix product", "`gptlab.train`"
 
 
 @functools.cache
@@ -112,7 +124,7 @@ def contenders(task: dict[str, Any], peers: list[str], folder: Path) -> dict[str
     def peer(name: str, best: bool) -> Callable[[], float]:
         return lambda: drive(peer_python(name), HERE / "peers" / PEERS[name][1], task | {"best": best})
 
-    own = {"`gptlab.train`": lambda: by_gptlab(folder, task)}
+    own = {OWN: lambda: by_gptlab(folder, task)}
     if task["style"] == "gpt2":
         ways = {
             "eager float32 loop": bare("eager"),
@@ -126,17 +138,17 @@ def contenders(task: dict[str, Any], peers: list[str], folder: Path) -> dict[str
     return ways | own
 
 
-def show(task: dict[str, Any], measured: dict[str, list[float]], peak: list[float], flops: float, size: int) -> str:
-    first, own = next(iter(measured.values())), measured.get("`gptlab.train`")
-    rows, tokens = [], task["batch_size"] * task["block_size"]
-    for name, seconds in measured.items():
-        median = statistics.median(seconds)
-        share = quotient([flops * tokens / 2 / size**3 * p for p in peak], seconds)
-        against = f"{quotient(seconds, own):.2f}x" if own else "-"
-        rate = flops * tokens / median / 1e9
-        ratios = (f"{quotient(first, seconds):.2f}x", against, f"{rate:,.0f}", f"{share:.0%}")
-        rows.append((name, f"{median * 1e3:.2f}", f"{tokens / median:,.0f}", *ratios, len(seconds)))
-    header = "| ms a step | tokens/s | to the first | `gptlab.train` to it | GFLOP/s | of the peak | rounds"
+def show(task: dict[str, Any], rounds: Rounds, flops: float, product_flops: float) -> str:
+    """`flops` a token, and those of the matrix product that counts as the peak."""
+    tokens, rows = task["batch_size"] * task["block_size"], []
+    names = [name for name in names_in(rounds) if name != PEAK]
+    for name in names:
+        seconds = median(rounds, name)
+        share = quotient(rounds, PEAK, name) * flops * tokens / product_flops
+        ratios = (f"{quotient(rounds, names[0], name):.2f}x", f"{quotient(rounds, name, OWN):.2f}x")
+        rates = (f"{tokens / seconds:,.0f}", *ratios, f"{flops * tokens / seconds / 1e9:,.0f}", f"{share:.0%}")
+        rows.append((name, f"{seconds * 1e3:.2f}", *rates, sum(name in row for row in rounds)))
+    header = "| ms a step | tokens/s | beside the first | `gptlab.train` beside it | GFLOP/s | of the peak | rounds"
     return markdown(header, rows)
 
 
@@ -164,12 +176,12 @@ def main() -> None:
             ways = {name: run for name, run in ways.items() if arguments.only in name}
             ways |= {PEAK: lambda: matrix_product(arguments.device, size)}
             kept = arguments.kept and arguments.kept / f"{arguments.shape}-{style}.json"
-            measured = take_turns(ways, arguments.rounds, kept)
-        peak, flops = measured.pop(PEAK), flops_per_token(model, config.block_size)
+            rounds = take_turns(ways, arguments.rounds, kept)
+        flops, product_flops = flops_per_token(model, config.block_size), 2.0 * size**3
         sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
         print(f"\n{arguments.shape}, {style}: {sizes}, vocabulary {VOCABULARY}, {task['parameters']:,} parameters,")
-        print(f"{flops / 1e6:.2f} MFLOPs a token; peak {2 * size**3 / statistics.median(peak) / 1e9:,.0f} GFLOP/s\n")
-        print(show(task, measured, peak, flops, size), flush=True)
+        print(f"{flops / 1e6:.2f} MFLOPs a token; peak {product_flops / median(rounds, PEAK) / 1e9:,.0f} GFLOP/s\n")
+        print(show(task, rounds, flops, product_flops), flush=True)
 
 
 if __name__ == "__main__":

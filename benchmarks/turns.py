@@ -1,6 +1,7 @@
 """What the benchmarks share: contenders that take turns, ratios, tables to paste, and runs of `gptlab.train`."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,40 +18,51 @@ from gptlab.machine import processor_name
 HERE = Path(__file__).parent
 
 
-def take_turns(
-    contenders: dict[str, Callable[[], float]], rounds: int, kept: Path | None = None
-) -> dict[str, list[float]]:
-    """What each measured in each round; all run once before any runs again, since a machine's speed drifts.
+Rounds = list[dict[str, float]]  # what each contender measured, round by round
 
-    `kept` is a file of rounds: those in it count too, and the new ones join them. A contender that fails is left out
-    from then on, with a line that says why.
+
+def take_turns(contenders: dict[str, Callable[[], float]], count: int, kept: Path | None = None) -> Rounds:
+    """So many rounds, in each of which all contenders run once: a machine's speed drifts.
+
+    `kept` is a file of earlier rounds, which come first, and the new ones join them there. A contender that fails is
+    left out from then on, with a line that says why.
     """
-    measured: dict[str, list[float]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    rounds: Rounds = json.loads(kept.read_text()) if kept and kept.exists() else []
     going = dict(contenders)
-    for number in range(1, rounds + 1):
+    for number in range(1, count + 1):
+        rounds.append({})
         for name, run in list(going.items()):
             try:
-                figure = run()
+                rounds[-1][name] = run()
             except (subprocess.CalledProcessError, OSError, ValueError) as error:
                 print(f"left out: {name}: {reason(error)}", flush=True)
                 del going[name]
                 continue
-            measured.setdefault(name, []).append(figure)
-            print(f"  round {number}: {name}: {figure:.5g}", file=sys.stderr, flush=True)
-        if kept:
-            kept.write_text(json.dumps(measured))
-    return {name: measured[name] for name in (*contenders, *measured) if name in measured}
+            print(f"  round {number}: {name}: {rounds[-1][name]:.5g}", file=sys.stderr, flush=True)
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(rounds))
+    return rounds
+
+
+def names_in(rounds: Rounds) -> list[str]:
+    return list(dict.fromkeys(name for row in rounds for name in row))
+
+
+def median(rounds: Rounds, name: str) -> float:
+    return statistics.median(row[name] for row in rounds if name in row)
+
+
+def quotient(rounds: Rounds, one: str, other: str) -> float:
+    """The median over the rounds of one / other, each of one round: both met the machine in the same state."""
+    both = [row[one] / row[other] for row in rounds if one in row and other in row]
+    return statistics.median(both) if both else math.nan
 
 
 def reason(error: Exception) -> str:
     """The last line that a process said before it failed, or the error itself."""
     said = (getattr(error, "stderr", None) or getattr(error, "stdout", None) or "").strip().splitlines()
     return said[-1].strip() if said else str(error)
-
-
-def quotient(ones: list[float], others: list[float]) -> float:
-    """The median over the rounds of one / other, each of one round: both met the machine in the same state."""
-    return statistics.median(one / other for one, other in zip(ones, others, strict=False))
 
 
 def markdown(header: str, rows: list[tuple[Any, ...]]) -> str:
