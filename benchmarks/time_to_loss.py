@@ -9,7 +9,6 @@ by seed; samples are off. Shakespeare is downloaded once, or looked for in `GPTL
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
@@ -27,9 +26,7 @@ REFERENCE = (
 
 def seconds_to(result: dict[str, Any], target: float) -> float:
     """Training seconds up to the first validation at or below `target`; infinite if there is none."""
-    with open(Path(result["run_dir"], "metrics.csv"), newline="") as file:
-        validated = [row for row in csv.DictReader(file) if row["val/loss"]]
-    return next((float(row["seconds"]) for row in validated if float(row["val/loss"]) <= target), float("inf"))
+    return next((row["seconds"] for row in result["history"] if row["val_loss"] <= target), float("inf"))
 
 
 def seconds_a_step(result: dict[str, Any]) -> float:
@@ -84,7 +81,7 @@ def show(arguments: argparse.Namespace, rows: dict[str, list[tuple[float, ...]]]
         is_cut = key == "reference" and arguments.steps < REFERENCE_STEPS
         loss = "not run to its end" if is_cut else ", ".join(f"{loss:.4f}" for loss in losses)
         ratios = [median_ratio(first_s, seconds), median_ratio(first_wall_s, walls)]
-        figures = (f"{statistics.median(seconds):.2f}", f"{ratios[0]:.2f}x", f"{statistics.median(walls):.2f}")
+        figures = (f"{statistics.median(seconds):.4g}", f"{ratios[0]:.2f}x", f"{statistics.median(walls):.4g}")
         ran = REFERENCE_STEPS if key == "reference" else statistics.median(steps)
         table.append((names[key], f"{params[0]:,.0f}", f"{ran:,.0f}", *figures, f"{ratios[1]:.2f}x", loss))
     header = "| parameters | steps | seconds | faster | process, s | faster | val/loss at the end"
