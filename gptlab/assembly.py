@@ -15,7 +15,7 @@ from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAcce
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gptlab import config, cost, ranks
+from gptlab import config, cost, profilers, ranks
 from gptlab.callbacks.averaging import MovingAverage
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import Checkpoints, RandomState
@@ -288,6 +288,8 @@ def build_trainer(
     require_device(node["accelerator"])
     if node["precision"] == "auto":
         node["precision"] = "bf16-mixed" if cost.computes_in_bf16(device_type(node["accelerator"])) else "32-true"
+    if isinstance(node["profiler"], str):
+        node["profiler"] = profilers.of_word(node["profiler"], run_dir)
     node |= {"_partial_": True, "max_epochs": -1, "max_steps": -1}  # the budget ends the run, after a last validation
     arguments = dict(
         **validation_intervals(cfg),

@@ -146,7 +146,7 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "attention names signals ranks meeting files machine sharding model cache tokenizer losses optim cost",
     1: "engine checkpoint run jobs data.changes data.corpus data.sources data.tokens data.windows",
-    2: "strategies data.module tasks.lm tasks.metrics "
+    2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given resume sweep launchers study "
     "train prepare __main__",
