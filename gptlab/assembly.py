@@ -128,10 +128,11 @@ def import_compiler(cfg: dict[str, Any]) -> None:
     if not wants_compile(cfg["compile"], cfg["trainer"]):
         return
     import torch._inductor.compile_fx  # noqa: F401  here, because it takes most of a second
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     def probe() -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # it is no documented function
+            from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
             valid_vec_isa_list()
 
     if device_type(cfg["trainer"]["accelerator"]) == "cpu":
