@@ -10,6 +10,8 @@ from torch import Tensor
 class LayerCache:
     """One layer's keys and values, in memory laid out once."""
 
+    last: Tensor  # for an attention that mixes tokens with the one before: what it keeps of the newest, (B, 1, D)
+
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str):
         self.shape, self.settings = shape, {"dtype": dtype, "device": device}
         self.length = 0
