@@ -106,8 +106,12 @@ def run(
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
-        elif resumes:
-            log.info("no checkpoint yet: the run begins at step 0")
+        else:
+            if resumes:
+                log.info("no checkpoint yet: the run begins at step 0")
+            if cfg.get("depth") and "data.batch_size" not in overridden:  # the dial's batch is that of a whole step
+                windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"]
+                cfg = assembly.fit_to_ranks(cfg, windows, world)
         if state is None and cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
             saved_cfg = cfg
@@ -184,6 +188,11 @@ def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> s
     warmup = cfg["schedule"].get("warmup_steps") or 0
     if warmup >= total_steps:
         line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"
+    if cfg.get("depth") and total_steps < cfg["trainer"]["max_steps"]:
+        line += (
+            f"; depth={cfg['depth']} would take {cfg['trainer']['max_steps']:,}, and the text ends it after "
+            f"trainer.max_epochs={cfg['trainer']['max_epochs']}"
+        )
     return line
 
 
