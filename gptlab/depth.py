@@ -1,15 +1,13 @@
 """What follows from `depth=8`, in closed form: each formula with its source. Pure numbers; no config, no network.
 
-The reference is `model=tiny`, which is depth 4: what stands in conf/optimizer was tuned there, in steps of 16 windows
-of 128 tokens.
+N are the parameters of the blocks, D the tokens trained on, B those of a step. The formulas go out from `model=tiny`,
+which is depth 4: what stands in conf/optimizer was tuned there, in 350 steps of 16 windows of 128 tokens.
 """
 
 import math
 
-REFERENCE_DEPTH = 4
-REFERENCE_BATCH = 16 * 128  # tokens
-TOKENS_A_PARAMETER = 20
-PASSES = 4
+TINY_BATCH = 16 * 128
+TINY_HORIZON = 350 * TINY_BATCH
 
 
 def width(depth: int) -> int:
@@ -23,32 +21,25 @@ def heads(width: int) -> int:
 
 
 def parameters(depth: int, width: int) -> int:
-    """12 D^2 a block, 4 of attention and 8 of the MLP; embeddings do not count (Kaplan et al. 2020, table 1)."""
+    """N: 12 width^2 a block, 4 of attention and 8 of the MLP; embeddings do not count (Kaplan et al. 2020, table 1)."""
     return 12 * depth * width**2
 
 
-def horizon(parameters: int) -> int:
-    """Tokens to train on, for the lowest loss that so much computing can buy: 20 a parameter (Hoffmann et al. 2022)."""
-    return TOKENS_A_PARAMETER * parameters
+def horizon(parameters: int, text_tokens: float | None) -> float:
+    """D: 20 N, the lowest loss that so much computing can buy (Hoffmann et al. 2022), or four passes over the text.
 
-
-def epochs(block_size: int, stride: int) -> int:
-    """Passes over the training windows, after which a text too short for the horizon ends the run.
-
-    By then it was seen four times, up to which repeated text is worth nearly as much as new one (Muennighoff et al.
-    2023). Windows overlap: one pass shows a token block_size / stride times.
+    Up to four, repeated text is worth nearly as much as new one (Muennighoff et al. 2023).
     """
-    return max(1, round(PASSES * stride / block_size))
+    return 20.0 * parameters if text_tokens is None else min(20.0 * parameters, 4 * text_tokens)
 
 
 def batch_tokens(horizon: float) -> float:
-    """Tokens of a step: they grow with the horizon to the power of 0.383 (Bergsma et al. 2025, figure 1).
+    """B: in proportion to D^0.383 (Bergsma et al. 2025, figure 1).
 
-    Only the exponent is theirs. Their constant, fitted on clusters to runs a thousand times as long, would give 30 times
-    as many tokens, where a step of 2048 already keeps a processor busy.
+    Only the exponent is theirs: their constant, fitted to runs a thousand times as long, gives several times as many
+    tokens, where a step of 2048 keeps a processor busy.
     """
-    reference = TOKENS_A_PARAMETER * parameters(REFERENCE_DEPTH, width(REFERENCE_DEPTH))
-    return REFERENCE_BATCH * (horizon / reference) ** 0.383
+    return TINY_BATCH * (horizon / TINY_HORIZON) ** 0.383
 
 
 def batch_windows(tokens: float, block_size: int) -> int:
@@ -56,16 +47,16 @@ def batch_windows(tokens: float, block_size: int) -> int:
     return 2 ** max(0, round(math.log2(tokens / block_size)))
 
 
-def learning_rate(reference: float, width: int, batch_tokens: float) -> float:
-    """The peak, from the one in conf/optimizer: by the root of the batch (Malladi et al. 2022)."""
-    return reference * math.sqrt(batch_tokens / REFERENCE_BATCH)
+def learning_rate(tiny: float, horizon: float, batch_tokens: float) -> float:
+    """The peak, from the one in conf/optimizer: by B^0.5 (Malladi et al. 2022) and D^-0.32 (Bjorck et al. 2024)."""
+    return tiny * (batch_tokens / TINY_BATCH) ** 0.5 * (horizon / TINY_HORIZON) ** -0.32
 
 
-def weight_decay(learning_rate: float, steps: int) -> float:
-    """The decay with which weights are an average over the last 22 % of the steps of a whole horizon.
+def weight_decay(learning_rate: float, horizon: float, batch_tokens: float, parameters: int) -> float:
+    """The decay with which weights are an average over the last 1.084 (D / N)^-0.527 of the run.
 
-    It reaches back 1 / (learning rate x decay) steps (Wang and Aitchison 2024); the best share of the run, over tokens
-    a parameter, is 1.084 (D / N)^-0.527 (Bergsma et al. 2025, figure 1).
+    It reaches back 1 / (learning rate x decay) steps (Wang and Aitchison 2024); the share that is best is a fit over
+    tokens a parameter (Bergsma et al. 2025, figure 1).
     """
-    share = 1.084 * TOKENS_A_PARAMETER**-0.527
-    return 1 / (learning_rate * steps * share)
+    share = 1.084 * (horizon / parameters) ** -0.527
+    return batch_tokens / (learning_rate * horizon * share)

@@ -7,7 +7,10 @@ from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import depth
+from gptlab.data.corpus import Files
 from gptlab.given import given_in
+
+BYTES_A_TOKEN = {"ByteTokenizer": 1, "CharTokenizer": 1}  # and of others four: pydocs has 3.7 with the default pieces
 
 
 def register() -> None:
@@ -42,21 +45,35 @@ def turn(cfg: DictConfig, given: set[str]) -> None:
         return OmegaConf.select(cfg, key)
 
     layers, width = choose("model.n_layer", cfg.depth), choose("model.n_embd", depth.width(cfg.depth))
-    block, parts, stride = cfg.model.block_size, cfg.trainer.accumulate_grad_batches, cfg.data.stride
+    block, parts = cfg.model.block_size, cfg.trainer.accumulate_grad_batches
     if not all(positive(value) for value in (layers, width, block, parts, cfg.data.batch_size)):
         return  # the run is refused, and why is for the checks to say
     choose("model.n_head", depth.heads(width))
-    tokens = depth.horizon(depth.parameters(layers, width))
-    windows = depth.batch_windows(depth.batch_tokens(tokens), block)
+    parameters = depth.parameters(layers, width)
+    horizon = depth.horizon(parameters, tokens_of(cfg))
+    windows = depth.batch_windows(depth.batch_tokens(horizon), block)
     step = choose("data.batch_size", max(1, windows // parts)) * parts * block
-    steps = max(1, round(tokens / step))
-    if not {"trainer.max_steps", "trainer.max_epochs"} & given:  # who gives one end means that one
-        choose("trainer.max_steps", steps)
-        choose("trainer.max_epochs", depth.epochs(block, stride or max(1, block // 2)))
-    if positive(peak := cfg.optimizer.get("lr")):
-        peak = choose("optimizer.lr", rounded(depth.learning_rate(peak, width, step)))
-    if positive(peak) and "weight_decay" in cfg.optimizer:
-        choose("optimizer.weight_decay", rounded(depth.weight_decay(peak, steps)))
+    if "trainer.max_epochs" not in given:
+        choose("trainer.max_steps", max(1, round(horizon / step)))
+    if positive(rate := cfg.optimizer.get("lr")):
+        rate = choose("optimizer.lr", rounded(depth.learning_rate(rate, horizon, step)))
+    if positive(rate) and "weight_decay" in cfg.optimizer:
+        choose("optimizer.weight_decay", rounded(depth.weight_decay(rate, horizon, step, parameters)))
+
+
+def tokens_of(cfg: DictConfig) -> float | None:
+    """About how many tokens the training text has, judged by its size before any of it is read; None where unknown."""
+    size = cfg.data.text_bytes
+    if cfg.data.files is not None:
+        try:
+            size = sum(path.stat().st_size for path in Files(OmegaConf.to_container(cfg.data).get("files")).paths())
+        except (OSError, ValueError, TypeError):  # for who reads the text to say
+            return None
+    if not positive(size):
+        return None
+    kind = str(cfg.tokenizer.get("_target_")).rsplit(".", 2)[-2:][0]
+    held_out = 0 if cfg.data.validation_files else cfg.data.validation_fraction
+    return size * (1 - held_out) / BYTES_A_TOKEN.get(kind, 4)
 
 
 def positive(value: Any) -> bool:
