@@ -1,4 +1,4 @@
-"""`depth=8` in a composed config: it stands above every word, and below what an experiment or the command line gives."""
+"""`depth=8` in a composed config: it stands above every word, and below what an experiment or a user gives."""
 
 import functools
 from typing import Any

@@ -110,7 +110,9 @@ def run(
         else:
             if resumes:
                 log.info("no checkpoint yet: the run begins at step 0")
-            if cfg["depth"] is not None and "data.batch_size" not in overridden:  # the dial's batch is that of a whole step
+            if (
+                cfg["depth"] is not None and "data.batch_size" not in overridden
+            ):  # the dial's batch is that of a whole step
                 windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"]
                 cfg = assembly.fit_to_ranks(cfg, windows, world)
         if state is None and cfg["init_from"]:

@@ -67,7 +67,8 @@ def test_all_that_grows_with_depth_grows_where_there_is_text():
         values = [row[group][key] for row in rows]
         assert values == sorted(set(values)), key
     batches = [row["data"]["batch_size"] for row in rows]
-    assert batches == sorted(batches) and batches[-1] > batches[0]
+    assert batches == sorted(batches)
+    assert batches[-1] > batches[0]
     decays = [row["optimizer"]["weight_decay"] for row in rows]
     assert decays == sorted(decays, reverse=True)
     for row in rows:

@@ -225,7 +225,13 @@ def as_format_1(run: Path) -> None:
     """The run folder as the first version of gptlab left it."""
     cfg = yaml.safe_load((run / "config.yaml").read_text())
     assert cfg.pop("format") == 3
-    del cfg["depth"], cfg["data"]["text_bytes"], cfg["nonfinite"], cfg["checkpoint"]["every_minutes"], cfg["checkpoint"]["background"]
+    del (
+        cfg["depth"],
+        cfg["data"]["text_bytes"],
+        cfg["nonfinite"],
+        cfg["checkpoint"]["every_minutes"],
+        cfg["checkpoint"]["background"],
+    )
     (run / "config.yaml").write_text(yaml.safe_dump(cfg))
     (run / "checkpoints/manifest.json").unlink()
     for path in (run / "checkpoints").glob("*.ckpt"):
