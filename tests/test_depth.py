@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from conftest import SMALL, compose, door
+from conftest import REPOSITORY, SMALL, compose, door
 
 from gptlab import depth
 from gptlab.model import GPT, GPTConfig
@@ -156,6 +156,18 @@ def test_an_experiment_of_the_user_may_turn_the_dial(tmp_path):
     (tmp_path / "experiments/mine.yaml").write_text("# @package _global_\n# Mine\ndepth: 3\nmodel: {n_head: 1}\n")
     cfg = compose("experiments=mine")["model"]
     assert (cfg["n_layer"], cfg["n_embd"], cfg["n_head"]) == (3, 192, 1)
+
+
+def test_the_readme_shows_what_the_dial_gives():
+    table = (REPOSITORY / "README.md").read_text().partition("| depth | width |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["2", "4", "8", "12", "20"]
+    for layers, width, heads, _, *cells in rows:
+        for words, (steps, rate, decay) in (((), cells[:3]), (("data.text_bytes=null",), (cells[4], *cells[6:8]))):
+            cfg = compose(f"depth={layers}", *words)
+            assert (cfg["model"]["n_embd"], cfg["model"]["n_head"]) == (int(width), int(heads))
+            assert f"{cfg['trainer']['max_steps']:,} of {cfg['data']['batch_size']}" == steps
+            assert (cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]) == (float(rate), float(decay))
 
 
 def test_a_word_brings_all_but_its_size():
