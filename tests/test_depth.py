@@ -210,6 +210,15 @@ def test_what_cannot_be_is_refused(overrides, says, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_sweep_may_turn_the_dial(composed, tmp_path):
+    """Each job is a process that derives its own; what stands in the sweep's config is none of theirs."""
+    commands, code = composed("depth=1,2", "optimizer.lr=0.1,0.2", f"run_dir={tmp_path / 'sweep'}")
+    assert code == 0
+    assert [[word for word in command if word.startswith(("depth", "model", "optimizer"))] for command in commands] == [
+        [f"depth={layers}", f"optimizer.lr={rate}"] for layers in (1, 2) for rate in (0.1, 0.2)
+    ]
+
+
 OWN = [word for word in SMALL if not word.startswith(("model.n_", "data.batch_size"))]
 
 
