@@ -251,5 +251,5 @@ def test_ranks_share_the_batch_of_the_dial(text_file, tmp_path):
     words = [word for word in OWN if word != "trainer=cpu"]
     done = door("train", *words, f"data.files={text_file}", "depth=1", *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    windows = compose(*OWN, "depth=1")["data"]["batch_size"]
+    windows = compose(*OWN, f"data.files={text_file}", "depth=1")["data"]["batch_size"]
     assert f"1 steps of {windows} windows on 2 x cpu" in done.stdout

@@ -27,7 +27,7 @@ def curves() -> dict[tuple[str, str, int], dict[float, list[float]]]:
                 and row["embedding"] == row["vector"] == "1"
             ):
                 found[row["data"], rule, width][float(row["lr"])].append(float(row["val"]))
-    return found
+    return {key: curve for key, curve in found.items() if len(curve) > 2}
 
 
 def best(curve: dict[float, list[float]]) -> float:
