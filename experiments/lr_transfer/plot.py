@@ -13,7 +13,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TINY = 256
-RULES = {"as it was": 0.0, "matrices by width$^{-1/2}$": 0.5}
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+RULES = {"one rate": 0.0, "matrices by width$^{-1/2}$": 0.5}
 
 
 def curves() -> dict[tuple[str, str, int], dict[float, list[float]]]:
@@ -45,13 +46,15 @@ def main() -> None:
     figure, axes = plt.subplots(len(RULES), len(corpora), figsize=(9, 6), sharex=True, sharey="col", squeeze=False)
     for line, rule in zip(axes, RULES, strict=True):
         for axis, data in zip(line, corpora, strict=True):
-            for number, width in enumerate(sorted(key[2] for key in found if key[:2] == (data, rule))):
+            for width in sorted(key[2] for key in found if key[:2] == (data, rule)):
                 curve = found[data, rule, width]
-                rates, colour = sorted(curve), f"C{number}"
+                rates, colour = sorted(curve), f"C{width.bit_length() - 7}"
                 axis.plot(rates, [mean(curve[rate]) for rate in rates], "o-", color=colour, label=f"{width} wide", ms=3)
                 axis.axvline(best(curve), color=colour, alpha=0.4, ls="--")
                 print(f"{data:12} {rule:28} {width:4} wide: best at {best(curve):.2e}")
             axis.set(xscale="log", title=f"{data}: {rule}")
+            axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES], minor=False)
+            axis.minorticks_off()
             axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate (its best dashed)")
