@@ -245,7 +245,7 @@ def as_format_1(run: Path) -> None:
 
 def test_a_run_of_an_older_format_goes_on(train, tmp_path):
     whole = tmp_path / "whole"
-    assert train(whole, *RUN, "optimizer.width=null") == 0  # which had no such key then
+    assert train(whole, *RUN, "optimizer.width=null", "data.text_bytes=null") == 0  # what had no key then
     part = interrupted_at(whole, 6, tmp_path / "part")
     as_format_1(part)
     assert train(part, f"resume={part}") == 0
