@@ -25,7 +25,7 @@ CONTENDERS: dict[str, Callable[[GPT], torch.optim.Optimizer]] = {
     "AdamW, fused": lambda model: torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=True),
     "torch.optim.Muon": torch_muon,
     "gptlab.optim.Muon": lambda model: Muon(
-        parameter_groups(model), lr=1e-3, weight_decay=0.1, momentum=0.95, betas=(0.9, 0.95), eps=1e-8
+        parameter_groups(model), lr=1e-3, weight_decay=0.1, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, width=None
     ),
 }
 

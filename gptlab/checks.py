@@ -63,6 +63,8 @@ def value_faults(cfg: dict[str, Any]) -> Iterator[str]:
         yield f"seed={cfg['seed']} must be at least 0 and less than 2^32"
     if cfg["max_time"] is not None and cfg["max_time"] <= 0:
         yield f"max_time={cfg['max_time']} must be more than 0 seconds, or null for no such budget"
+    if cfg["depth"] is not None and cfg["init_from"] is not None:
+        yield f"depth={cfg['depth']}: init_from brings its own network; leave depth out"
     limits = {"lr": None, "weight_decay": None, "warmup_steps": None, "decay_fraction": 1, "final_factor": 1}
     for node in ("optimizer", "schedule"):
         for name, most in limits.items():

@@ -35,6 +35,7 @@ class Log(Interval):
 class TrainConfig:
     """The types of the top-level keys of `train`; their values and meanings stand in conf/train.yaml."""
 
+    depth: int | None = MISSING
     seed: int = MISSING
     max_time: float | None = MISSING
     compile: Any = MISSING

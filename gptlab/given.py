@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -27,16 +28,24 @@ def given_keys() -> dict[str, str]:
 
     Where a run ends and what is watched is only ever taken from what was typed, never from an experiment.
     """
-    typed = {strip_key(override): override for override in HydraConfig.get().overrides.task}
-    given = {
+    typed, of_words = given_in(HydraConfig.get())
+    return {key: override for key, override in of_words.items() if not is_below(key, FREE)} | typed
+
+
+def given_in(hydra: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys that were typed, and those that the words of an experiment or stage give, each with its override.
+
+    `hydra` is Hydra's own part of the composed config.
+    """
+    typed = {strip_key(override): override for override in hydra.overrides.task}
+    of_words = {
         key: typed[group]
         for group in FOR_ANY_KEY
         if group in typed
         for word in re.findall(r"[\w./-]+", typed[group].partition("=")[2])
-        for key in keys_in(group, word)
-        if not is_below(key, FREE)
+        for key in keys_in(group, word, hydra)
     }
-    return given | {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}
+    return {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}, of_words
 
 
 def of_resumed_run(key: str, arguments: list[str]) -> str | None:
@@ -59,9 +68,9 @@ def of_resumed_run(key: str, arguments: list[str]) -> str | None:
     return f"{KEEPS_ITS_CONFIG}\n{BOTH.format(key, run[key], typed[key].value(), typed[key].input_line)}"
 
 
-def keys_in(group: str, word: str) -> Iterator[str]:
+def keys_in(group: str, word: str, hydra: Any) -> Iterator[str]:
     """The keys that the file of a word sets, and the groups that it chooses for."""
-    folders = [Path(source.path) for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     file = next((path for folder in folders if (path := folder / group / f"{word}.yaml").is_file()), None)
     content = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
     if not isinstance(content, dict):
@@ -70,5 +79,5 @@ def keys_in(group: str, word: str) -> Iterator[str]:
         if isinstance(entry, dict):
             yield from (re.sub(r"^override |@.*$", "", key).strip().strip("/") for key in entry)
         elif entry != "_self_":
-            yield from keys_in(group, entry)
+            yield from keys_in(group, entry, hydra)
     yield from (key for key in flat(content) if key)

@@ -57,6 +57,10 @@ class Muon(Optimizer):
     bfloat16, which a processor without it emulates at a fortieth of the speed (benchmarks/muon.py); here matrices of
     one shape go together, in the type in which the device computes. One state holds both halves: a schedule reaches
     both, and so does a file.
+
+    `width` is that of the network for which the learning rate was found. Matrices of another learn at this rate times
+    the root of `width` over their own, so that an update changes what they do to a vector by as much at any width (its
+    spectral norm: Yang et al. 2023), and the rate serves there too (experiments/lr_transfer). None: as torch's.
     """
 
     def __init__(
@@ -67,9 +71,12 @@ class Muon(Optimizer):
         momentum: float,
         betas: tuple[float, float],
         eps: float,
+        width: int | None,
     ):
         if not 0 <= momentum < 1:
             raise ValueError(f"optimizer.momentum={momentum} is not in [0, 1)")
+        if width is not None and width < 1:
+            raise ValueError(f"optimizer.width={width} must be at least 1, or null for one rate at any width")
         groups = list(params)
         matrices = [group for group in groups if group["kind"] == "matrix"]
         others = [group for group in groups if group["kind"] != "matrix"]
@@ -81,6 +88,7 @@ class Muon(Optimizer):
             others, lr=lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps, fused=True
         )
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        self.width = width
         super().__init__([*({**defaults, **group} for group in matrices), *self._adamw.param_groups], {})
         self._share()
 
@@ -117,7 +125,10 @@ class Muon(Optimizer):
             updates = orthogonal(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
             own = [local(share(update, like)) for update, like in zip(updates, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))  # its entries are then as large as AdamW's
+            narrow, wide = sorted(parameters[0].shape)
+            rate = group["lr"] * 0.2 * math.sqrt(wide)  # its entries are then as large as AdamW's
+            if self.width is not None:
+                rate *= math.sqrt(self.width / narrow)
             torch._foreach_add_([local(parameter) for parameter in parameters], own, alpha=-rate)
 
 

@@ -134,7 +134,13 @@ def _from_1(config: dict[str, Any]) -> None:
     config["nonfinite"] = "stop"
 
 
-MIGRATIONS = (_from_1,)  # of the config, from format 1 to 2 and so on
+def _from_2(config: dict[str, Any]) -> None:
+    config["depth"] = config["data"]["text_bytes"] = None
+    if config["optimizer"].get("_target_") == "gptlab.optim.Muon":
+        config["optimizer"].setdefault("width", None)
+
+
+MIGRATIONS = (_from_1, _from_2)  # of the config, from format 1 to 2 and so on
 RUN_FORMAT = len(MIGRATIONS) + 1
 
 

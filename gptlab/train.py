@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from gptlab import assembly, checkpoint, checks, config, doors, jobs, ranks
 from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank, tensor_ranks
+from gptlab.depth import parameters
 from gptlab.inherit import inherit
 from gptlab.outcome import Outcome
 from gptlab.resume import (
@@ -106,8 +107,14 @@ def run(
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
             cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
-        elif resumes:
-            log.info("no checkpoint yet: the run begins at step 0")
+        else:
+            if resumes:
+                log.info("no checkpoint yet: the run begins at step 0")
+            if (
+                cfg["depth"] is not None and "data.batch_size" not in overridden
+            ):  # the dial's batch is that of a whole step
+                windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"]
+                cfg = assembly.fit_to_ranks(cfg, windows, world)
         if state is None and cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
             saved_cfg = cfg
@@ -185,6 +192,10 @@ def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> s
     warmup = cfg["schedule"].get("warmup_steps") or 0
     if warmup >= total_steps:
         line += f"; schedule.warmup_steps={warmup}: the learning rate will not reach its peak"
+    if cfg["depth"] is not None:
+        tokens = total_steps * windows * cfg["model"]["block_size"]
+        each = tokens / parameters(cfg["model"]["n_layer"], cfg["model"]["n_embd"])
+        line += f"; depth={cfg['depth']}: {each:.2g} tokens a parameter"
     return line
 
 

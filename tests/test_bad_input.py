@@ -144,6 +144,7 @@ CONFIG_FAULTS = [
     ("optimizer.lr=-1", ("optimizer.lr=-1",)),
     ("optimizer.lr=nan", ("optimizer", "learning rate", "nan")),
     ("optimizer=muon optimizer.eps=-1", ("optimizer", "-1")),
+    ("optimizer=muon optimizer.width=0", ("optimizer.width=0", "at least 1")),
     ("optimizer.weight_decay=-0.1", ("optimizer.weight_decay=-0.1",)),
     ("schedule.warmup_steps=-1", ("schedule.warmup_steps=-1",)),
     ("compile=maybe", ("compile='maybe'", "auto, true, false")),

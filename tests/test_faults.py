@@ -443,7 +443,7 @@ time.sleep(1.5)
 def test_a_kill_in_the_first_write_of_all_leaves_a_folder_that_can_be_used(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".config.yaml.tmp.123").write_text("format: 2\nsee")
+    (run / ".config.yaml.tmp.123").write_text("format: 3\nsee")
     (run / "checkpoints").mkdir()
     assert train(run, "trainer.max_steps=1") == 0
     assert not list(run.rglob("*.tmp.*"))

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import Muon, constant, cosine, linear, orthogonal, parameter_groups, wsd
 
-SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "betas": (0.8, 0.95), "eps": 1e-7}
+SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "betas": (0.8, 0.95), "eps": 1e-7, "width": None}
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "bias": True}
 
 
@@ -162,6 +162,31 @@ def test_orthogonal_keeps_the_directions_of_the_singular_vectors(monkeypatch, sh
     assert diagonal.min() > 0.5
     assert diagonal.max() < 1.3
     torch.testing.assert_close(in_their_basis, torch.diag_embed(diagonal), rtol=0, atol=0.05 if bf16 else 1e-4)
+
+
+def changes_of(n_embd: int, width: int | None) -> dict[str, Tensor]:
+    """What the first step of Muon adds to each matrix of a network `n_embd` wide."""
+    model = build(n_embd=n_embd)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, Muon(parameter_groups(model), **SETTINGS | {"width": width, "weight_decay": 0.0}), steps=1)
+    kinds = named_kinds(model)
+    return {name: new.detach() - before[name] for name, new in model.named_parameters() if kinds[name] == "matrix"}
+
+
+def test_a_rate_found_at_this_width_is_torch_s():
+    for name, change in changes_of(32, width=32).items():
+        assert torch.equal(change, changes_of(32, width=None)[name])
+
+
+def test_what_a_step_does_to_a_vector_does_not_depend_on_the_width():
+    """The largest singular value of the change; Newton-Schulz leaves it between 0.7 and 1.2 of what it should be."""
+    name = "blocks.0.attention.proj.weight"
+    sizes = {
+        width: [torch.linalg.matrix_norm(changes_of(n, width)[name], 2).item() for n in (16, 256)]
+        for width in (None, 64)
+    }
+    assert 0.5 < sizes[64][1] / sizes[64][0] < 2
+    assert sizes[None][1] / sizes[None][0] == pytest.approx(4 * sizes[64][1] / sizes[64][0], rel=0.01)
 
 
 def test_muon_continues_from_a_file_bit_for_bit():

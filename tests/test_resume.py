@@ -224,8 +224,14 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(train, tmp_path):
 def as_format_1(run: Path) -> None:
     """The run folder as the first version of gptlab left it."""
     cfg = yaml.safe_load((run / "config.yaml").read_text())
-    assert cfg.pop("format") == 2
-    del cfg["nonfinite"], cfg["checkpoint"]["every_minutes"], cfg["checkpoint"]["background"]
+    assert cfg.pop("format") == 3
+    del (
+        cfg["depth"],
+        cfg["data"]["text_bytes"],
+        cfg["nonfinite"],
+        cfg["checkpoint"]["every_minutes"],
+        cfg["checkpoint"]["background"],
+    )
     (run / "config.yaml").write_text(yaml.safe_dump(cfg))
     (run / "checkpoints/manifest.json").unlink()
     for path in (run / "checkpoints").glob("*.ckpt"):
@@ -239,20 +245,20 @@ def as_format_1(run: Path) -> None:
 
 def test_a_run_of_an_older_format_goes_on(train, tmp_path):
     whole = tmp_path / "whole"
-    assert train(whole, *RUN) == 0
+    assert train(whole, *RUN, "optimizer.width=null", "data.text_bytes=null") == 0  # what had no key then
     part = interrupted_at(whole, 6, tmp_path / "part")
     as_format_1(part)
     assert train(part, f"resume={part}") == 0
     assert_same_run(whole, part)
-    assert yaml.safe_load((part / "config.yaml").read_text())["format"] == 2
+    assert yaml.safe_load((part / "config.yaml").read_text())["format"] == 3
 
 
 def test_a_run_of_a_newer_format_is_refused_by_name(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=2") == 0
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("format: 2", "format: 3"))
-    with pytest.raises(ValueError, match="a run folder of format 3, this gptlab knows up to 2"):
+    (run / "config.yaml").write_text(text.replace("format: 3", "format: 4"))
+    with pytest.raises(ValueError, match="a run folder of format 4, this gptlab knows up to 3"):
         train(run, f"resume={run}")
     (run / "config.yaml").write_text(text)
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)

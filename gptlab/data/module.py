@@ -25,6 +25,7 @@ class DataConfig:
     strip_gutenberg: bool = True  # leave out Project Gutenberg's header and licence
     batch_size: int = 16  # sequences a rank and micro-batch
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
+    text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
     num_workers: int = 0  # loader processes; memory-mapped tokens need none
 
 
