@@ -34,7 +34,7 @@ def given_keys() -> dict[str, str]:
         if group in typed
         for word in re.findall(r"[\w./-]+", typed[group].partition("=")[2])
         for key in keys_in(group, word)
-        if not is_below(key, FREE)
+        if not is_below(key, FREE) and not key.startswith(("hydra.", "hydra/"))
     }
     return given | {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}
 
