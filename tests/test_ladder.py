@@ -86,7 +86,7 @@ def trains_by(law: Law, folder: Path):
         every, tokens = int(values.get("validation.every_steps", 64)), 16 * 64
         hidden = -(-8 * width // 3 // 64) * 64
         size = 3 * (4 * width**2 + 3 * width * hidden + 2 * width + 2 * 24) + width
-        assert (folder / "prediction.json").exists() == (width == 144)
+        assert (folder / "prediction.json").exists() == (width == 192)
         run = Path(job.run_dir)
         run.mkdir()
         (run / "train.log").write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S,%f}"[:23] + " INFO a first word\n")
