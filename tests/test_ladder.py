@@ -1,12 +1,13 @@
 """A ladder recovers a law that is known, puts its prediction on file before what it predicts, and keeps it there."""
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import door
+from conftest import REPOSITORY, door
 
 from experiments.ladder import stages
 from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse
@@ -144,6 +145,27 @@ def test_a_ladder_takes_overrides_that_it_does_not_choose_itself(composed, tmp_p
     again = composed("experiments=ladder", "model.mlp=swiglu", f"run_dir={folder}", "resume=auto")
     assert again == ([], 2)
     assert "holds another sweep" in capfd.readouterr().err
+
+
+def test_function_of_the_readme_runs_as_it_stands(composed, tmp_path, monkeypatch):
+    said = (REPOSITORY / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n(def halve.*?)^```", said, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"is `python -m gptlab.train -m (.*halve)`", said)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/mine.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def end(job: Job) -> int:
+        rate = float(job.varied[0].partition("=")[2])
+        Path(job.run_dir).mkdir()
+        (Path(job.run_dir) / "result.json").write_text(
+            json.dumps({"status": "completed", "val_loss": abs(rate - 4e-3)})
+        )
+        return 0
+
+    commands, code = composed(*command.split(), f"run_dir={tmp_path}/halved", ends=end)
+    assert (len(commands), code) == (5, 0)
+    assert commands[-1][:2] == ["optimizer.lr=0.004", "trainer.max_steps=400"]
 
 
 def test_recipes_are_compared_at_both_scales(composed, tmp_path):
