@@ -212,3 +212,8 @@ def test_a_ladder_by_the_real_command(text_file, tmp_path):
     assert [row["predicted"] for row in came["rows"]] == [point["loss"] for point in said["predicted"][0]["points"]]
     for row in came["rows"]:
         assert row["error_percent"] == pytest.approx(100 * (row["predicted"] / row["actual"] - 1))
+    run = next((tmp_path / "ladder").glob("4_*"))
+    longer = ("experiments=ladder", "hydra.mode=RUN", *small[:-3], *words.format(48).split(), "trainer.max_steps=15")
+    done = door("train", f"resume={run}", *(word for word in longer if word != "trainer.max_steps=12"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["steps"] == 15
