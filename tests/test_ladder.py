@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, door
 
-from experiments.ladder import stages
+from experiments.ladder import recipes, stages
 from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse
 from gptlab.jobs import Job
 
@@ -57,20 +57,6 @@ def test_too_few_sizes_are_no_law():
         fit([point for run in runs_of(LAWS["sum"])[:2] for point in run], "sum")
 
 
-def test_prediction_is_written_once(tmp_path):
-    path, said = tmp_path / "prediction.json", {"law": {"constants": [1.0]}}
-    with pytest.raises(ValueError, match="no prediction"):
-        stages.write_once(path, said, begun=True)
-    written = stages.write_once(path, said, begun=False)
-    before = path.read_bytes()
-    assert datetime.fromisoformat(written).tzinfo is not None
-    assert json.loads(before)["commit"] == stages.commit()
-    assert stages.write_once(path, said, begun=True) == written
-    with pytest.raises(ValueError, match=f"written at {written[:10]}"):
-        stages.write_once(path, {"law": {"constants": [2.0]}}, begun=False)
-    assert path.read_bytes() == before
-
-
 def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     said = stages.commit()
     assert said is None or len(said.rstrip("+")) == 40
@@ -107,6 +93,8 @@ def test_larger_runs_are_predicted_before_they_begin(composed, tmp_path, capfd):
     said = json.loads((folder / "prediction.json").read_text())
     came = json.loads((folder / "outcome.json").read_text())
     assert said["law"]["form"] == "joint"
+    assert said["commit"] == stages.commit()
+    assert datetime.fromisoformat(said["written"]).tzinfo is not None
     assert came["predicted_before"] is True
     assert len(came["rows"]) == sum(len(run["points"]) for run in said["predicted"]) >= 4
     assert max(abs(row["error_percent"]) for row in came["rows"]) < 0.05
@@ -119,9 +107,10 @@ def test_larger_runs_are_predicted_before_they_begin(composed, tmp_path, capfd):
     result.write_text(result.read_text().replace('"val_loss": ', '"val_loss": 1'))
     capfd.readouterr()
     assert composed(*again) == ([], 2)
-    assert "says something else; it is kept" in capfd.readouterr().err
+    assert "of other runs, and is kept" in capfd.readouterr().err
     (folder / "prediction.json").unlink()
-    assert composed(*again) == ([], 2), "what would be predicted has run"
+    assert composed(*again) == ([], 2)
+    assert "runs that were to be predicted" in capfd.readouterr().err
 
 
 def test_a_failed_rung_ends_the_ladder(composed, tmp_path):
@@ -187,7 +176,7 @@ def test_recipes_are_compared_at_both_scales(composed, tmp_path):
 
 def test_choices_by_hand():
     """Three recipes, the first with two more seeds: it stands with their mean, and the noise is theirs."""
-    said = stages.choices(["a", "b", "c"], [1.0, 1.5, 0.9, 1.1, 1.2], [2.0, 2.9, 2.2, 2.1, 2.2])
+    said = recipes.choices(["a", "b", "c"], [1.0, 1.5, 0.9, 1.1, 1.2], [2.0, 2.9, 2.2, 2.1, 2.2])
     assert said["losses"]["a"] == pytest.approx({"small": 1.1, "large": 2.1})
     assert said["seed_noise"] == pytest.approx({"small": 0.1, "large": 0.1})
     assert (said["pairs"], said["clear_pairs"]) == (3, 2), "a and c are 0.1 apart, less than 2 sqrt(2) 0.1"
