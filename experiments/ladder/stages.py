@@ -27,6 +27,7 @@ def ladder(folder: Path, compose: Compose, rungs: list[str], held_out: list[str]
     Each is the overrides of one run, as typed. All that a rung validates from `from_step` on are points of the law. The
     largest comes last: the form of the law that predicts it best from the others is the one that goes further.
     """
+    code = commit()  # now: the files may change while rungs are trained
     results: Results = yield [rung.split() for rung in rungs]
     runs = [points_of(result, from_step) for result in results]
     fitted = [point for run in runs for point in run]
@@ -36,7 +37,7 @@ def ladder(folder: Path, compose: Compose, rungs: list[str], held_out: list[str]
     elif others:
         raise ValueError(f"{folder} holds runs that were to be predicted, and no prediction; choose another run_dir")
     else:
-        said = prediction(runs, {run: compose(run.split()) for run in held_out})
+        said = prediction(runs, {run: compose(run.split()) for run in held_out}, code)
         write_json(path, said)
         print(f"the larger runs are predicted in {path}", flush=True)
     results = yield [run.split() for run in held_out]
@@ -62,14 +63,14 @@ def points_of(result: dict[str, Any], from_step: int) -> list[Point]:
     ]
 
 
-def prediction(runs: list[list[Point]], held_out: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def prediction(runs: list[list[Point]], held_out: dict[str, dict[str, Any]], code: str | None) -> dict[str, Any]:
     """What is known now: the law of the rungs, and what it says of the configs of larger runs."""
     fitted = [point for run in runs for point in run]
     rehearsals = {form: rehearse(runs, form) for form in FORMS}
     law = fit(fitted, min(rehearsals, key=lambda form: max(map(abs, rehearsals[form]))))
     return {
         "written": datetime.now().astimezone().isoformat(timespec="milliseconds"),
-        "commit": commit(),
+        "commit": code,
         "law": asdict(law),
         "rehearsal_percent": rehearsals,
         "fitted": [asdict(point) for point in fitted],
@@ -91,7 +92,8 @@ def predict(law: Law, cfg: dict[str, Any]) -> list[dict[str, float]]:
 def kept(path: Path, fitted: list[Point], held_out: list[str]) -> dict[str, Any]:
     """The prediction that is on file, which nothing overwrites. Raises ValueError where it is of other runs."""
     said = json.loads(path.read_text())
-    if said["fitted"] != [asdict(point) for point in fitted] or [run["run"] for run in said["predicted"]] != held_out:
+    then = [Point(point["parameters"], point["tokens"], point["loss"]) for point in said["fitted"]]
+    if then != fitted or [run["run"] for run in said["predicted"]] != held_out:
         raise ValueError(f"{path} was written at {said['written']} of other runs, and is kept; choose another run_dir")
     return said
 
