@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, dial, launchers, ranks, start, study, sweep
+from gptlab import checks, config, dial, launchers, ranks, staged, start, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
 from gptlab.meeting import MissingRankError
@@ -175,7 +175,7 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
         signal.signal(signum, interrupt)
     config.register()
     dial.register()
-    launchers.register(*launchers.WORDS, study.Optuna)
+    launchers.register(*launchers.WORDS, study.Optuna, staged.Staged)
     outcome = {"code": 0}
 
     def job(cfg: DictConfig) -> None:

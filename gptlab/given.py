@@ -44,6 +44,7 @@ def given_in(hydra: Any) -> tuple[dict[str, str], dict[str, str]]:
         if group in typed
         for word in re.findall(r"[\w./-]+", typed[group].partition("=")[2])
         for key in keys_in(group, word, hydra)
+        if not key.startswith(("hydra.", "hydra/"))
     }
     return {key: override for key, override in typed.items() if key not in FOR_ANY_KEY}, of_words
 

@@ -41,7 +41,9 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        command = [sys.executable, "-m", f"gptlab.{self.door}", *self.overrides, f"run_dir={quoted(self.run_dir)}"]
+        alone = "hydra.mode=RUN"  # an experiment may be a sweep by itself
+        command = [sys.executable, "-m", f"gptlab.{self.door}", *self.overrides, alone]
+        command.append(f"run_dir={quoted(self.run_dir)}")
         return [*command, "resume=auto"] if self.resume else command
 
     @property
