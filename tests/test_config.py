@@ -148,8 +148,8 @@ FLOORS = {
     1: "engine checkpoint run jobs data.changes data.corpus data.sources data.tokens data.windows",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
-    3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study staged "
-    "train prepare __main__",
+    3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "
+    "staged train prepare __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
