@@ -54,6 +54,8 @@ class SummedNLL(torch.autograd.Function):
 
 def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor, vocab_size: int) -> Tensor:
     """The sum of -log p(target) in nats over what `loss_mask` keeps, of hidden (B, T, D), the others (B, T)."""
+    if targets.numel() * len(weight) <= LOGITS_AT_ONCE:  # the plain way: its compiled code is found again
+        return masked_sum(token_nll(F.linear(hidden, weight)[..., :vocab_size], targets), loss_mask)
     return SummedNLL.apply(hidden.flatten(0, 1), weight, targets.flatten(), loss_mask.flatten(), vocab_size)
 
 

@@ -16,6 +16,7 @@ from gptlab.callbacks.averaging import average_in
 from gptlab.data.module import TextDataModule, data_rank, tensor_ranks
 from gptlab.depth import parameters
 from gptlab.inherit import inherit
+from gptlab.machine import keep_freed_memory
 from gptlab.outcome import Outcome
 from gptlab.resume import (
     config_text,
@@ -99,6 +100,7 @@ def run(
     """Build everything, train, and leave a result; the run folder is ours."""
     with doors.logging_to(folder.log), Outcome(folder, cfg) as outcome:
         seed_everything(cfg["seed"], workers=True, verbose=False)
+        keep_freed_memory()
         parent = tokenizer = state = None
         step, saved_cfg, world = 0, cfg, assembly.data_world(cfg["trainer"])
         if ckpt_path is not None:  # the run's own; what it was made from may be gone

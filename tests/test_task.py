@@ -23,7 +23,7 @@ from gptlab.tokenizer import ByteTokenizer, CharTokenizer
 
 V = ByteTokenizer().vocab_size
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-MUON = partial(Muon, lr=1e-3, weight_decay=0.1, momentum=0.95, betas=(0.9, 0.95), eps=1e-8)
+MUON = partial(Muon, lr=1e-3, weight_decay=0.1, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, width=None)
 FLAT = partial(constant, warmup_steps=0)
 
 
