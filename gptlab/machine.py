@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>: bytes
 
 
