@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import prose
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.saving import Checkpoints
 from gptlab.callbacks.steps import Budget, CompileAhead
 from gptlab.data.module import DataConfig, TextDataModule
@@ -297,3 +299,34 @@ def test_metrics_stay_on_the_cpu_where_a_device_has_no_float64():
     tokens = torch.tensor([[1, 2, 3]])
     metrics.update(torch.ones(1, 3), tokens, tokens, torch.tensor([[True, True, False]]))
     assert metrics.compute()["loss"] == 1.0
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that Python reads from tensors: on a GPU, each time it waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nothing_is_read_from_the_device_but_when_logging(train, tmp_path, monkeypatch, optimizer):
+    reads, counts = Reads(), {}
+    on_step_end = Monitor.on_step_end
+
+    def counting(self, trainer, task, step):
+        before = reads.count
+        on_step_end(self, trainer, task, step)
+        counts[step] = (before, reads.count)
+
+    monkeypatch.setattr(Monitor, "on_step_end", counting)
+    more = (f"optimizer={optimizer}", "trainer.max_steps=12", "log.every_steps=5", "trainer.precision=32-true")
+    with reads:
+        assert train(tmp_path / "run", *more, "samples.every_steps=null", "checkpoint.every_steps=null") == 0
+    between = [counts[step + 1][0] - counts[step][1] for step in range(1, 12)]
+    logged = {step: after - before for step, (before, after) in counts.items()}
+    assert between == [0] * 11
+    assert {step for step, number in logged.items() if number} == {1, 5, 10, 12}
+    assert max(logged.values()) == 1
