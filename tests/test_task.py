@@ -161,6 +161,18 @@ def test_validation_figures_are_the_same_for_any_batch_size(text_file, precision
         )
 
 
+def test_validation_in_bf16_is_within_half_a_percent_of_float32(text_file):
+    data, task = text_data(text_file, 16), make_task(partial(torch.optim.AdamW, lr=1e-2))
+    make_trainer(60, max_epochs=-1, precision="bf16-mixed", limit_val_batches=0).fit(task, data)
+    figures = []
+    for precision in ("32-true", "bf16-mixed"):
+        make_trainer(precision=precision).validate(task, data, verbose=False)
+        figures.append(task.figures["val/loss"])
+    assert figures[0] < 0.7 * math.log(V)  # it has learnt something that rounding could lose
+    assert figures[0] != figures[1]
+    assert figures[1] == pytest.approx(figures[0], rel=5e-3)
+
+
 @pytest.mark.parametrize("kind", ["byte", "char"])
 def test_bits_per_byte_is_the_nll_in_bits_over_the_bytes_of_the_real_text(tmp_path, kind):
     text = (prose(300) + "Größe: 1 €, naïve façade. " * 8) * 3
