@@ -120,7 +120,7 @@ def test_steps_of_validating_saving_and_logging_do_not_depend_on_accumulation(tr
         losses = [float(row["train/loss"]) for row in rows(run) if row["train/loss"]]
         found.append((validated(run), saved, sampled, [row["step"] for row in rows(run)], result(run)["train_tokens"]))
         assert len(losses) == 36
-        found[-1] += (pytest.approx(losses, rel=1e-4),) if accumulate == 1 else (losses,)
+        found[-1] += (pytest.approx(losses, rel=1e-3),) if accumulate == 1 else (losses,)
     assert found[1] == found[0]
     assert found[0][0] == [*range(5, 71, 5)]
     assert found[0][1] == [*range(3, 70, 3)]
