@@ -376,8 +376,8 @@ def test_a_run_compiled_by_inductor_is_that_without(train, tmp_path):
         assert train(tmp_path / run, *more, f"compile={'false' if run == 'eager' else 'true'}") == 0
         losses.append([entry["val_loss"] for entry in result(tmp_path / run)["history"]])
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
     assert graphs[0] == graphs[2] > 0
 
 

@@ -24,6 +24,8 @@ def tables(output: str) -> list[dict[str, list[str]]]:
     found: list[dict[str, list[str]]] = []
     for line in output.splitlines():
         if line.startswith("| ---"):
+            if found:
+                found[-1].popitem()  # this table's head
             found.append({})
         elif line.startswith("| ") and found:
             first, *cells = (cell.strip() for cell in line.strip("|").split("|"))

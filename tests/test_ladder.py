@@ -186,9 +186,9 @@ def test_choices_by_hand():
 @pytest.mark.slow
 def test_a_ladder_by_the_real_command(text_file, tmp_path):
     text_file.write_text(text_file.read_text() * 20)
-    words = "model.n_embd={} model.n_head=1 trainer.max_steps=12 validation.every_steps=3"
+    words = "'model.n_embd={} model.n_head=1 trainer.max_steps=12 validation.every_steps=3'"
     small = (
-        *("tokenizer=byte", f"data.files={text_file}", "data.validation_fraction=0.1", "model.n_layer=1"),
+        *("tokenizer.vocab_size=330", f"data.files={text_file}", "data.validation_fraction=0.1", "model.n_layer=1"),
         *("trainer.precision=32-true", "schedule.warmup_steps=2", "logger=csv", "hydra.sweeper.stages.from_step=3"),
         "hydra.sweeper.stages.rungs=[" + ",".join(words.format(width) for width in (8, 16, 24, 32)) + "]",
         f"hydra.sweeper.stages.held_out=[{words.format(48)}]",
@@ -202,7 +202,8 @@ def test_a_ladder_by_the_real_command(text_file, tmp_path):
     for row in came["rows"]:
         assert row["error_percent"] == pytest.approx(100 * (row["predicted"] / row["actual"] - 1))
     run = next((tmp_path / "ladder").glob("4_*"))
-    longer = ("experiments=ladder", "hydra.mode=RUN", *small[:-3], *words.format(48).split(), "trainer.max_steps=15")
+    held_out = words.format(48).strip("'").split()
+    longer = ("experiments=ladder", "hydra.mode=RUN", *small[:-3], *held_out, "trainer.max_steps=15")
     done = door("train", f"resume={run}", *(word for word in longer if word != "trainer.max_steps=12"))
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "result.json").read_text())["steps"] == 15
