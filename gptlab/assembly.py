@@ -217,6 +217,13 @@ def fit_to_ranks(cfg: dict[str, Any], windows_a_step: int, world: int) -> dict[s
     }
 
 
+def share_dial(cfg: dict[str, Any], overridden: dict[str, str], world: int) -> dict[str, Any]:
+    """The config with the batch that `depth` chose, which is that of a whole step, shared among `world` ranks."""
+    if cfg["depth"] is None or "data.batch_size" in overridden:
+        return cfg
+    return fit_to_ranks(cfg, cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"], world)
+
+
 def build_loggers(node: dict[str, Any], folder: RunFolder, resumed_step: int | None) -> list[Logger]:
     """metrics.csv, and what the word `logger` names."""
     loggers: list[Logger] = [MetricsFile(folder.metrics)]

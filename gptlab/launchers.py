@@ -46,6 +46,15 @@ def needed(module: str, word: str) -> ModuleType:
         raise ValueError(f'{word} is not installed ({error}): pip install "gptlab[sweep]"') from error
 
 
+def launcher_of(hydra_context: Any, task_function: Any, config: DictConfig) -> "Basic":
+    """The launcher that a sweep's config names, for a sweeper that chooses its own jobs."""
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=hydra_context, task_function=task_function, config=config
+    )
+    assert isinstance(launcher, Basic)
+    return launcher
+
+
 class Basic(Launcher):
     """One job after another, from this process."""
 

@@ -9,7 +9,6 @@ is only shown: the jobs must follow from what was sent.
 from pathlib import Path
 from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +17,7 @@ from gptlab import jobs
 from gptlab.checks import check_targets
 from gptlab.config import plain, trusted
 from gptlab.given import strip_key
-from gptlab.launchers import Basic
+from gptlab.launchers import launcher_of
 from gptlab.sweep import OF_THE_SWEEP, read_result, swept_keys
 
 
@@ -35,11 +34,7 @@ class Staged(Sweeper):
             )
         check_targets({"hydra": {"sweeper": {"stages": dict(self.stages)}}}, trusted({"trust": config.trust}))
         self.hydra_context, self.config = hydra_context, config
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-        assert isinstance(launcher, Basic)
-        self.launcher = launcher
+        self.launcher = launcher_of(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         if several := swept_keys(arguments):

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +23,7 @@ from gptlab.explain import nearest
 from gptlab.files import write_atomically
 from gptlab.given import strip_key
 from gptlab.jobs import INTERRUPTED
-from gptlab.launchers import Basic, needed
+from gptlab.launchers import launcher_of, needed
 from gptlab.sweep import OF_THE_SWEEP, read_result
 
 JOURNAL = "study.journal"
@@ -56,11 +55,7 @@ class Optuna(Sweeper):
             raise ValueError("; ".join(faults))
         check_targets({"hydra": {"sweeper": {"sampler": self.sampler}}}, ("optuna",))
         self.hydra_context, self.config = hydra_context, config
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-        assert isinstance(launcher, Basic)
-        self.launcher = launcher
+        self.launcher = launcher_of(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         given = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]

@@ -112,11 +112,7 @@ def run(
         else:
             if resumes:
                 log.info("no checkpoint yet: the run begins at step 0")
-            if (
-                cfg["depth"] is not None and "data.batch_size" not in overridden
-            ):  # the dial's batch is that of a whole step
-                windows = cfg["data"]["batch_size"] * cfg["trainer"]["accumulate_grad_batches"]
-                cfg = assembly.fit_to_ranks(cfg, windows, world)
+            cfg = assembly.share_dial(cfg, overridden, world)
         if state is None and cfg["init_from"]:
             cfg, parent, tokenizer = inherit(cfg, overridden)
             saved_cfg = cfg
