@@ -80,9 +80,10 @@ class Bench:
         self._whole: dict[tuple[str, ...], Trial] = {}
         self._count = 0
 
-    def trial(self, *options: str, nan_at: int | None = None, folder: Path | None = None) -> Trial:
+    def trial(self, *options: str, nan_at: int | None = None, disk: Path | None = None) -> Trial:
         self._count += 1
-        return Trial(folder or self.folder / f"run-{self._count:03d}", self.text, options, nan_at)
+        name = f"run-{self._count:03d}"
+        return Trial((disk or self.folder) / name, self.text, options, nan_at, beside=self.folder)
 
     def whole(self, *options: str, nan_at: int | None = None) -> Trial:
         """The uninterrupted run of these options."""
@@ -177,7 +178,7 @@ def full_disk(bench: Bench, row: Row, count: int) -> None:
     whole = bench.whole()
     for number in range(count):
         with mounted(bench.folder / f"disk-{number}", "-t", "tmpfs", "-o", "size=24m", "tmpfs") as disk:
-            trial = bench.trial(folder=disk / "run")
+            trial = bench.trial(disk=disk)
             pid = trial.begin()
             trial.until_step(pid, bench.rng.randint(2, 12))
             spare = os.open(disk / "filler", os.O_CREAT | os.O_WRONLY)

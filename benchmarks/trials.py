@@ -113,17 +113,22 @@ class Seen:
 
 @dataclass
 class Trial:
-    """One run folder, from its start through its sessions to its end. `options` are added to OPTIONS."""
+    """One run folder, from its start through its sessions to its end. `options` are added to OPTIONS.
+
+    The witness and what the sessions say are written to `beside`, which must be whole when the run's disk is not.
+    """
 
     folder: Path
     text: Path
     options: tuple[str, ...] = ()
     nan_at: int | None = None  # the step at which a session's loss becomes NaN
+    beside: Path | None = None  # the folder that the run's folder is in, unless said
 
     def __post_init__(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.witness = self.folder.with_name(f"{self.folder.name}.witness")
-        self.log = self.folder.with_name(f"{self.folder.name}.log")
+        beside = self.beside or self.folder.parent
+        self.witness = beside / f"{self.folder.name}.witness"
+        self.log = beside / f"{self.folder.name}.log"
 
     # Sessions
 
