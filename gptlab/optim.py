@@ -143,6 +143,9 @@ def batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             yield alike[start : start + size]
 
 
+A, B, C = 3.4445, -4.7750, 2.0315  # a step of Newton-Schulz: X <- (A I + B G + C G^2) X, G = X X^T
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U V^T for each U S V^T of `matrices` (N, rows, columns): five steps of a quintic Newton-Schulz iteration.
 
@@ -152,10 +155,28 @@ def orthogonal(matrices: Tensor) -> Tensor:
     is_tall = x.size(1) > x.size(2)
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    if x.size(2) >= 2 * x.size(1):
+        x = leap(leap(x, 2), 3)  # in one leap of five, bfloat16's rounding would grow
+    else:
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     return x.mT if is_tall else x
+
+
+def leap(x: Tensor, steps: int) -> Tensor:
+    """`steps` steps at once, for long x (N, rows, columns): each is a polynomial of G times X, and so is the next G.
+
+    So it is enough to follow G and their product, small squares both, and to multiply X at the end.
+    """
+    gram, product = x @ x.mT, torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # a step multiplies by A I + this
+        product = torch.baddbmm(product, factor, product, beta=A) if step else factor + A * product
+        if step < steps - 1:
+            half = torch.baddbmm(gram, factor, gram, beta=A)
+            gram = torch.baddbmm(half, half, factor, beta=A)
+    return product @ x
 
 
 # Schedules: the learning rate at optimizer step `step` (from 0) of `total_steps`, as a factor of its peak. All warm up

@@ -128,6 +128,7 @@ def test_muon_is_the_naive_muon(monkeypatch, at_once):
 
 
 def test_muon_is_the_muon_and_adamw_of_torch(monkeypatch):
+    """Of the same gradients: how bfloat16 rounds in one step must not be what the next one learns from."""
     monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: True)  # as torch does anywhere
     ours = build()
     theirs = copy.deepcopy(ours)
@@ -137,15 +138,20 @@ def test_muon_is_the_muon_and_adamw_of_torch(monkeypatch):
     )
     rest = [{"params": groups["embedding"]["params"]}, {"params": groups["vector"]["params"], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-7, fused=True)
-    start = copy.deepcopy(ours)
-    train(ours, Muon(parameter_groups(ours), **SETTINGS), steps=5)
-    train(theirs, muon, adamw, steps=5)
+    start, our_own = copy.deepcopy(ours), Muon(parameter_groups(ours), **SETTINGS)
+    for seed in range(5):
+        for model in (ours, theirs):
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        for optimizer in (our_own, muon, adamw):
+            optimizer.step()
     matrices = {id(parameter) for parameter in groups["matrix"]["params"]}
     for (name, before), a, b in zip(start.named_parameters(), ours.parameters(), theirs.parameters(), strict=True):
-        if id(b) in matrices:  # bfloat16 adds up in another order, on another processor in yet another
-            assert (a - b).norm() < 0.02 * (b - before).norm(), name
+        if id(b) in matrices:  # bfloat16 rounds elsewhere, and on another processor in yet another order
+            assert (a - b).norm() < 0.05 * (b - before).norm(), name
         else:
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
+            assert torch.equal(a, b), name
         assert not torch.equal(before, a), name
 
 

@@ -1,58 +1,83 @@
-"""Draws lr_transfer.png from runs.csv: loss over learning rate, a line a width, its best rate marked.
+"""Gathers the runs of sweeps into runs.csv and draws lr_transfer.png: loss over learning rate, a line a width.
 
-python -m experiments.lr_transfer.plot
+python -m experiments.lr_transfer.plot runs/<sweep> runs/<another>
 """
 
 import csv
+import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 
 HERE = Path(__file__).parent
-TINY = 256
+RULES = {"null": "one rate", "256": "matrices by width$^{-1/2}$"}  # optimizer.width
+SOURCES = {"PyDocs": "pydocs", "Download": "shakespeare"}
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
-RULES = {"one rate": 0.0, "matrices by width$^{-1/2}$": 0.5}
 
 
-def curves() -> dict[tuple[str, str, int], dict[float, list[float]]]:
-    """{(data, rule, width): {learning rate: the losses of its seeds}}"""
-    found: dict = defaultdict(lambda: defaultdict(list))
-    for row in csv.DictReader((HERE / "runs.csv").open()):
-        width = int(row["width"])
-        for rule, power in RULES.items():
-            if (
-                abs(float(row["matrix"]) / (TINY / width) ** power - 1) < 0.01
-                and row["embedding"] == row["vector"] == "1"
-            ):
-                found[row["data"], rule, width][float(row["lr"])].append(float(row["val"]))
-    return {key: curve for key, curve in found.items() if len(curve) > 2}
+def row(run: Path) -> dict[str, Any]:
+    cfg, result = yaml.safe_load((run / "config.yaml").read_text()), json.loads((run / "result.json").read_text())
+    rule = cfg["optimizer"]["width"]
+    return {
+        "data": SOURCES[cfg["data"]["source"]["_target_"].rpartition(".")[2]],
+        "width": cfg["model"]["n_embd"],
+        "rule": "null" if rule is None else rule,
+        "lr": cfg["optimizer"]["lr"],
+        "seed": cfg["seed"],
+        "val_loss": round(result["val_loss"], 4),
+    }
 
 
-def best(curve: dict[float, list[float]]) -> float:
+def gather(sweeps: list[str]) -> list[dict[str, str]]:
+    """The lines of runs.csv, with those of `sweeps` added."""
+    file = HERE / "runs.csv"
+    lines = list(csv.DictReader(file.open())) if file.exists() else []
+    for result in sorted(path for sweep in sweeps for path in Path(sweep).glob("*/result.json")):
+        line = {name: str(value) for name, value in row(result.parent).items()}
+        lines = [other for other in lines if any(other[name] != line[name] for name in line if name != "val_loss")]
+        lines.append(line)
+    lines.sort(key=lambda line: (line["data"], line["rule"], int(line["width"]), float(line["lr"]), int(line["seed"])))
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    return lines
+
+
+def best(curve: dict[float, float]) -> float:
     """The rate at the lowest point of a parabola through the three best neighbours."""
     rates = sorted(curve)
-    at = min(max(min(range(len(rates)), key=lambda i: mean(curve[rates[i]])), 1), len(rates) - 2)
+    at = min(max(rates.index(min(curve, key=curve.__getitem__)), 1), len(rates) - 2)
     three = rates[at - 1 : at + 2]
-    a, b, _ = np.polyfit(np.log(three), [mean(curve[rate]) for rate in three], 2)
-    return float(np.clip(np.exp(-b / (2 * a)), rates[0], rates[-1])) if a > 0 else rates[at]
+    a, b, _ = np.polyfit(np.log(three), [curve[rate] for rate in three], 2)
+    return float(np.clip(np.exp(-b / (2 * a)), rates[0], rates[-1])) if a > 0 else min(curve, key=curve.__getitem__)
 
 
 def main() -> None:
-    found = curves()
-    corpora = sorted({key[0] for key in found})
+    found: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in gather(sys.argv[1:]):
+        rules = RULES if line["width"] == "256" else [line["rule"]]  # at 256 both are one
+        for rule in rules:
+            found[line["data"], rule, int(line["width"])][float(line["lr"])].append(float(line["val_loss"]))
+    curves = {key: {lr: mean(losses) for lr, losses in sorted(curve.items())} for key, curve in found.items()}
+    corpora = sorted({key[0] for key in curves})
     figure, axes = plt.subplots(len(RULES), len(corpora), figsize=(9, 6), sharex=True, sharey="col", squeeze=False)
     for line, rule in zip(axes, RULES, strict=True):
         for axis, data in zip(line, corpora, strict=True):
-            for width in sorted(key[2] for key in found if key[:2] == (data, rule)):
-                curve = found[data, rule, width]
-                rates, colour = sorted(curve), f"C{width.bit_length() - 7}"
-                axis.plot(rates, [mean(curve[rate]) for rate in rates], "o-", color=colour, label=f"{width} wide", ms=3)
-                axis.axvline(best(curve), color=colour, alpha=0.4, ls="--")
-                print(f"{data:12} {rule:28} {width:4} wide: best at {best(curve):.2e}")
-            axis.set(xscale="log", title=f"{data}: {rule}")
+            for width in sorted(key[2] for key in curves if key[:2] == (data, rule)):
+                curve, colour = curves[data, rule, width], f"C{width.bit_length() - 7}"
+                axis.plot(list(curve), list(curve.values()), "o-", color=colour, label=f"{width} wide", ms=3)
+                if len(curve) > 2:
+                    axis.axvline(best(curve), color=colour, alpha=0.4, ls="--")
+                    losses = " | ".join(f"{loss:.3f}" for loss in curve.values())
+                    print(f"| {data} | {rule} | {width} | {losses} | {best(curve):.1e} |")
+            axis.set(xscale="log", title=f"{data}: {RULES[rule]}")
             axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES], minor=False)
             axis.minorticks_off()
             axis.legend(fontsize=7)
