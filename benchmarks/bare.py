@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptlab import attention
 from gptlab.cost import computes_in_bf16
+from gptlab.machine import keep_freed_memory
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import constant, parameter_groups
 from gptlab.tasks.lm import LMTask
@@ -66,9 +67,10 @@ def task_step(
 ) -> tuple[LMTask, Callable[[], Tensor]]:
     """gptlab's own task, and its step in bf16 where the device has it.
 
-    `gptlab.train` on a CPU asks for operations that repeat bit for bit; so does `deterministic`.
+    `gptlab.train` on a CPU asks for operations that repeat bit for bit, and keeps memory; so does `deterministic`.
     """
     if deterministic:
+        keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     schedule = partial(constant, warmup_steps=0)

@@ -2,7 +2,7 @@
 
 Two tables. The GPT-2 style network (LayerNorm, learned positions, GELU, biases) in a plain eager float32 loop (of
 gptlab's network, with torch's own attention, loss and fused AdamW), then with bf16, with `torch.compile`, with gptlab's
-attention and loss, with the order of adding up that lets runs repeat, and in `python -m gptlab.train` itself: what the
+attention and loss, with memory kept and the order of adding up that lets runs repeat, and in `python -m gptlab.train` itself: what the
 frame costs is between the last two. The Llama style one (RMSNorm, rotary positions, SwiGLU) in transformers' Trainer
 and LitGPT's loop, by their defaults and at their best. Batch, vocabulary and parameters are the same for all.
 
@@ -131,7 +131,7 @@ def contenders(task: dict[str, Any], peers: list[str], folder: Path) -> dict[str
             "+ bf16 autocast": bare("bf16"),
             "+ `torch.compile`": bare("compiled"),
             "+ gptlab's attention and loss": bare("task"),
-            "+ repeats bit for bit": bare("exact"),
+            "+ memory kept, repeats bit for bit": bare("exact"),
         }
         return ways | own | {"`gptlab.train callbacks=ema`": lambda: by_gptlab(folder, task, "callbacks=ema")}
     ways = {f"{name}, {word}": peer(name, best) for name in peers for word, best in (("defaults", 0), ("best", 1))}

@@ -68,8 +68,8 @@ def norm_square(parameters: Iterable[Tensor], world_size: int) -> Tensor:
                 sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
                 copies //= math.prod(size for size, placement in sizes if placement.is_shard())
             by_copies.setdefault(copies, []).append(local(gradient))
-    norms = [torch.nn.utils.get_total_norm(held).square() / copies for copies, held in by_copies.items()]
-    return torch.stack(norms).sum(dim=0, keepdim=True)
+    squares = [torch.stack(torch._foreach_norm(held)).square().sum() / copies for copies, held in by_copies.items()]
+    return torch.stack(squares).sum(dim=0, keepdim=True)
 
 
 def split(model: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | None = None) -> None:

@@ -1,6 +1,7 @@
 """Every config composes, every wrong word is named with the right one, and the floors hold."""
 
 import ast
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from conftest import REPOSITORY, compose, door
 
 from gptlab import checks, config, manual
+from gptlab.optim import cosine
 
 GROUPS = config.groups()[:-1]
 WORDS = [(group, path.stem) for group in GROUPS for path in sorted((REPOSITORY / "conf" / group).glob("*.yaml"))]
@@ -228,3 +230,10 @@ def test_the_console_script_offers_the_same_doors_and_imports_from_the_current_f
     small = "tokenizer=byte model.n_embd=16 model.block_size=16 trainer.max_steps=1 compile=false data.files=text.txt"
     done = gptlab("train", "model.attention=experiments.own.OwnAttention", *small.split())
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_made_is_called_without_hydra():
+    """Whose partials ask for leave at every call, half a millisecond that a schedule would take at every step."""
+    schedule = config.make(compose()["schedule"])
+    assert type(schedule) is functools.partial
+    assert schedule(0, 100) == cosine(0, 100, warmup_steps=50, final_factor=0.1)

@@ -44,10 +44,17 @@ class WindowDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch of these windows: tokens and targets (B, T) int64, loss_mask (B, T) bool."""
-        at = np.asarray(indices, dtype=np.int64)[:, None] * self.stride + np.arange(self.block_size + 1)
-        inside = (at >= 0) & (at < len(self.tokens)) & (np.asarray(indices)[:, None] >= 0)
-        windows = torch.from_numpy(self.tokens[np.where(inside, at, 0)].astype(np.int64))
-        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": torch.from_numpy(inside[:, 1:])}
+        if min(indices) >= 0 and max(indices) < self.whole:  # all but the end of a validation split
+            file, step = self.tokens[:], self.stride
+            size, shape = file.itemsize, (self.whole, self.block_size + 1)
+            found = np.ndarray(shape, file.dtype, file, strides=(step * size, size))[indices]  # a view; these are read
+            mask = torch.ones(len(indices), self.block_size, dtype=torch.bool)
+        else:
+            at = np.asarray(indices)[:, None] * self.stride + np.arange(self.block_size + 1)
+            inside = (at < len(self.tokens)) & (np.asarray(indices)[:, None] >= 0)
+            found, mask = self.tokens[np.where(inside, at, 0)], torch.from_numpy(inside[:, 1:])
+        windows = torch.from_numpy(found.astype(np.int64))
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
 
 
 def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[str, Any]]:
