@@ -13,6 +13,7 @@ from conftest import prose
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from experiments.levers.tasks import GrowingBatch, ZLoss
 from gptlab.callbacks.record import Monitor
 from gptlab.callbacks.saving import Checkpoints
 from gptlab.callbacks.steps import Budget, CompileAhead
@@ -342,3 +343,31 @@ def test_nothing_is_read_from_the_device_but_when_logging(train, tmp_path, monke
     assert between == [0] * 11
     assert {step for step, number in logged.items() if number} == {1, 5, 10, 12}
     assert max(logged.values()) == 1
+
+
+# The tasks of experiments/levers
+
+
+def test_a_z_loss_adds_its_penalty_to_the_gradient_and_to_no_figure():
+    plain, task = make_task(), make_task(kind=ZLoss, weight=0.01)
+    (batch,) = ragged(1, 8)
+    losses = [one.training_step(batch, 0) for one in (plain, task)]
+    log_sums = plain.model(batch["tokens"]).logsumexp(dim=-1)
+    penalty = log_sums.square()[batch["loss_mask"]].sum() / batch["targets"].numel()
+    torch.testing.assert_close(losses[1] - losses[0], 0.01 * penalty)
+    assert penalty > 1
+    torch.testing.assert_close(plain.step_sums, task.step_sums)
+
+
+def test_a_growing_batch_learns_from_half_of_its_windows_at_first():
+    def trained(task: LMTask, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        make_trainer(len(batches)).fit(task, loader(batches))
+        return list(task.model.parameters())
+
+    first, second = ragged(2, 8)
+    for batch in (first, second):
+        batch["loss_mask"] = torch.ones_like(batch["loss_mask"])
+    half = {name: rows[:4] for name, rows in first.items()}
+    growing = trained(make_task(kind=GrowingBatch, half_until=1), [first, second])
+    for a, b in zip(growing, trained(make_task(), [half, second]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
