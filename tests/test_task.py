@@ -268,7 +268,7 @@ def test_compiled_losses_equal_those_of_eager_and_nothing_is_compiled_after_the_
 
     torch._dynamo.reset()  # or what an earlier test has compiled would be there already
     options = ("trainer.max_steps=12", "validation.every_steps=5", "trainer.accumulate_grad_batches=2")
-    options = (*options, "samples.every_steps=4", "samples.max_tokens=20", "optimizer.lr=0.01")
+    options = (*options, "samples.every_steps=4", "samples.max_tokens=20", "optimizer=adamw", "optimizer.lr=0.01")
     graphs = []
     ahead = CompileAhead.on_train_start
 
