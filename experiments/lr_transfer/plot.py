@@ -18,7 +18,7 @@ import yaml
 HERE = Path(__file__).parent
 RULES = {"null": "one rate", "256": "matrices by width$^{-1/2}$"}  # optimizer.width
 SOURCES = {"PyDocs": "pydocs", "Download": "shakespeare"}
-RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 
 
 def row(run: Path) -> dict[str, Any]:
