@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY, door
 
 from experiments.ladder import recipes, stages
-from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse
+from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse, shared
 from gptlab.jobs import Job
 
 SIZES, TOKENS = (20_000, 80_000, 190_000, 330_000), range(100_000, 1_000_001, 100_000)
@@ -52,6 +52,15 @@ def test_rehearsal_tells_the_form():
         rehearse(runs_of(LAWS["sum"])[:3], "sum")
 
 
+def test_what_all_runs_share_is_told_from_their_law():
+    lifts = {tokens: 1.02 if tokens // 100_000 % 2 else 0.98 for tokens in TOKENS}
+    runs = [[Point(p.parameters, p.tokens, p.loss * lifts[p.tokens]) for p in run] for run in runs_of(LAWS["joint"])]
+    assert shared(LAWS["joint"], [point for run in runs for point in run]) == pytest.approx(lifts)
+    law = fit([point for run in runs[:-1] for point in run], "joint")
+    alone = max(abs(percent(law(point.parameters, point.tokens), point.loss)) for point in runs[-1])
+    assert max(map(abs, rehearse(runs, "joint"))) < 0.5 < 1.5 < alone, "what they share is left out of the rehearsal"
+
+
 def test_too_few_sizes_are_no_law():
     with pytest.raises(ValueError, match="three sizes"):
         fit([point for run in runs_of(LAWS["sum"])[:2] for point in run], "sum")
@@ -65,19 +74,22 @@ def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
 
 
 def trains_by(law: Law, folder: Path):
-    """What a job leaves that learns by this law."""
+    """What a job leaves that learns by this law, and has luck with the windows that all jobs read."""
+
+    def loss(size: int, tokens: int) -> float:
+        return law(size, tokens) * (1.005 if tokens // (16 * 64) % 128 == 0 else 0.995)
 
     def end(job: Job) -> int:
         values = dict(override.split("=") for override in job.overrides)
         width, steps = int(values["model.n_embd"]), int(values.get("trainer.max_steps", 1024))
         every, tokens = int(values.get("validation.every_steps", 64)), 16 * 64
-        hidden = -(-8 * width // 3 // 64) * 64
-        size = 3 * (4 * width**2 + 3 * width * hidden + 2 * width + 2 * 24) + width
+        hidden = int(values.get("model.mlp_width", 8 * width // 3))
+        size = 3 * (4 * width**2 + 3 * width * hidden + 2 * width + 2 * 12) + width
         assert (folder / "prediction.json").exists() == (width == 192)
         run = Path(job.run_dir)
         run.mkdir()
         (run / "train.log").write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S,%f}"[:23] + " INFO a first word\n")
-        history = [{"step": s, "val_loss": law(size, s * tokens)} for s in range(every, steps + 1, every)]
+        history = [{"step": s, "val_loss": loss(size, s * tokens)} for s in range(every, steps + 1, every)]
         result = {"status": "completed", "params_non_embedding": size, "train_tokens": steps * tokens, "steps": steps}
         (run / "result.json").write_text(json.dumps(result | {"history": history}))
         return 0
@@ -97,7 +109,7 @@ def test_larger_runs_are_predicted_before_they_begin(composed, tmp_path, capfd):
     assert datetime.fromisoformat(said["written"]).tzinfo is not None
     assert came["predicted_before"] is True
     assert len(came["rows"]) == sum(len(run["points"]) for run in said["predicted"]) >= 4
-    assert max(abs(row["error_percent"]) for row in came["rows"]) < 0.05
+    assert max(abs(row["error_percent"]) for row in came["rows"]) < 0.4, "half a percent is what they share"
     assert max(row["factor"] for row in came["rows"]) > 4
     before = (folder / "prediction.json").read_bytes()
     again = ("experiments=ladder", f"run_dir={folder}", "resume=auto")
@@ -114,14 +126,14 @@ def test_larger_runs_are_predicted_before_they_begin(composed, tmp_path, capfd):
 
 
 def test_a_failed_rung_ends_the_ladder(composed, tmp_path):
-    commands, code = composed("experiments=ladder", f"run_dir={tmp_path}/ladder", codes=(0, 1, 0, 0))
-    assert (len(commands), code) == (4, 1)
+    commands, code = composed("experiments=ladder", f"run_dir={tmp_path}/ladder", codes=(0, 1, *[0] * 5))
+    assert (len(commands), code) == (7, 1)
     assert not (tmp_path / "ladder/prediction.json").exists()
 
 
 def test_a_ladder_takes_overrides_that_it_does_not_choose_itself(composed, tmp_path, capfd):
     folder = tmp_path / "ladder"
-    commands, _ = composed("experiments=ladder", "model.mlp=gelu", f"run_dir={folder}", codes=(1, 1, 1, 1))
+    commands, _ = composed("experiments=ladder", "model.mlp=gelu", f"run_dir={folder}", codes=(1,) * 7)
     assert all("model.mlp=gelu" in command for command in commands)
     for fault, said in (
         ("model.n_embd=64", "model.n_embd=64: this sweep chooses that itself"),

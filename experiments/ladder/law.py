@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -85,9 +86,22 @@ def percent(predicted: float, actual: float) -> float:
     return 100 * (predicted / actual - 1)
 
 
+def shared(law: Law, points: Sequence[Point]) -> dict[int, float]:
+    """The mean of loss over law at each number of tokens, for runs that read the same windows in the same order.
+
+    What they read last lifts or lowers all of them alike, and so it will a larger run.
+    """
+    ratios: dict[int, list[float]] = {}
+    for point in points:
+        ratios.setdefault(point.tokens, []).append(point.loss / law(point.parameters, point.tokens))
+    return {tokens: mean(found) for tokens, found in ratios.items()}
+
+
 def rehearse(runs: Sequence[Sequence[Point]], form: str) -> list[float]:
-    """How far off, in percent, a law of the other runs is at each point of the last."""
+    """How far off, in percent, what the other runs say is at each point of the last."""
     if len(runs) < 4:
         raise ValueError("a ladder needs four rungs at least: three sizes for a law, and a larger one to rehearse with")
-    law = fit([point for run in runs[:-1] for point in run], form)
-    return [percent(law(point.parameters, point.tokens), point.loss) for point in runs[-1]]
+    others = [point for run in runs[:-1] for point in run]
+    law = fit(others, form)
+    lift = shared(law, others)
+    return [percent(law(p.parameters, p.tokens) * lift.get(p.tokens, 1.0), p.loss) for p in runs[-1]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse
+from experiments.ladder.law import FORMS, Law, Point, fit, percent, rehearse, shared
 from gptlab.config import model_config, trusted
 from gptlab.cost import count_parameters
 from gptlab.model import GPT
@@ -68,25 +68,28 @@ def prediction(runs: list[list[Point]], held_out: dict[str, dict[str, Any]], cod
     fitted = [point for run in runs for point in run]
     rehearsals = {form: rehearse(runs, form) for form in FORMS}
     law = fit(fitted, min(rehearsals, key=lambda form: max(map(abs, rehearsals[form]))))
+    lift = shared(law, fitted)
     return {
         "written": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "commit": code,
         "law": asdict(law),
         "rehearsal_percent": rehearsals,
+        "shared": lift,
         "fitted": [asdict(point) for point in fitted],
-        "predicted": [{"run": run, "points": predict(law, cfg)} for run, cfg in held_out.items()],
+        "predicted": [{"run": run, "points": predict(law, lift, cfg)} for run, cfg in held_out.items()],
     }
 
 
-def predict(law: Law, cfg: dict[str, Any]) -> list[dict[str, float]]:
-    """What each validation of a run will say."""
+def predict(law: Law, lift: dict[int, float], cfg: dict[str, Any]) -> list[dict[str, float]]:
+    """What each validation of a run will say: the law, lifted by what the rungs share after as many tokens."""
     node, trainer, every = model_config(cfg["model"]), cfg["trainer"], cfg["validation"]["every_steps"]
     node.vocab_size = node.vocab_size or 1  # a tokenizer's; it changes the embedding alone
     with torch.device("meta"):
         parameters = count_parameters(GPT(node, trusted(cfg)))[1]
     a_step = cfg["data"]["batch_size"] * trainer["accumulate_grad_batches"] * node.block_size
     steps = sorted({*range(every, trainer["max_steps"], every), trainer["max_steps"]})
-    return [asdict(Point(parameters, step * a_step, law(parameters, step * a_step))) for step in steps]
+    counts = [step * a_step for step in steps]
+    return [asdict(Point(parameters, count, law(parameters, count) * lift.get(count, 1.0))) for count in counts]
 
 
 def kept(path: Path, fitted: list[Point], held_out: list[str]) -> dict[str, Any]:
