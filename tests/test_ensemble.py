@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, prose
 
 from experiments.gutenberg.ensemble import main, mean_nlls, scores
 from gptlab.model import GPT, GPTConfig
@@ -34,9 +34,32 @@ def test_a_run_alone_scores_what_it_validated(train, tmp_path):
     assert found[0]["loss"] == pytest.approx(alone[0], abs=1e-5)
     assert scores(runs[::-1])[0]["loss"] == pytest.approx(alone[1], abs=1e-5)
     assert found[1]["loss"] < sum(alone) / 2, "log is concave"
-    assert train(tmp_path / "other", *SMALL, "trainer.max_steps=2", "tokenizer=char") == 0
-    with pytest.raises(ValueError, match="another tokenizer"):
-        scores([runs[0], tmp_path / "other"])
+
+
+def test_documents_apart_are_scored_apart(train, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(200):
+        (tmp_path / f"texts/{number}.txt").write_text(prose(10, seed=number))
+    more = (f"data.files={tmp_path}/texts/*.txt", "documents=separate", "trainer.max_steps=30", "optimizer.lr=1e-2")
+    assert train(tmp_path / "run", *SMALL, *more) == 0
+    loss = json.loads((tmp_path / "run/result.json").read_text())["val_loss"]
+    assert scores([tmp_path / "run"])[0]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("tokenizer=char", "data and tokenizer"),
+        ("data.validation_fraction=0.2", "data and tokenizer"),
+        ("documents=separate", "documents"),
+        ("model.block_size=8", "block_size"),
+    ],
+)
+def test_what_is_not_scored_alike_is_refused(train, tmp_path, changed, named):
+    assert train(tmp_path / "one", *SMALL, "trainer.max_steps=2") == 0
+    assert train(tmp_path / "other", *SMALL, "trainer.max_steps=2", changed) == 0
+    with pytest.raises(ValueError, match=f"other {named}|other model.{named}"):
+        scores([tmp_path / "one", tmp_path / "other"])
 
 
 def test_command(train, tmp_path, monkeypatch, capsys):

@@ -5,48 +5,65 @@ Each line is the first runs together, scored on the whole validation split that 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptlab import checkpoint
 from gptlab.assembly import build_data
+from gptlab.checks import check_targets
 from gptlab.config import trusted
-from gptlab.losses import token_nll
+from gptlab.data.module import TextDataModule
+from gptlab.losses import document_layout, token_nll
 from gptlab.model import GPT
 from gptlab.resume import saved_config
 from gptlab.run import RunFolder
 from gptlab.tasks.metrics import TokenMetrics
+from gptlab.tokenizer import EOS_ID
 
 WINDOWS_AT_ONCE = 16
 
 
-def mean_nlls(models: list[GPT], tokens: Tensor, targets: Tensor) -> Tensor:
+def mean_nlls(models: list[GPT], tokens: Tensor, targets: Tensor, separate_documents: bool = False) -> Tensor:
     """-log of the mean probability that the first 1, 2, ... `models` give each target: (models, B, T)."""
-    alone = torch.stack([token_nll(model(tokens), targets) for model in models])
+    ids, positions = document_layout(tokens, EOS_ID) if separate_documents else (None, None)
+    alone = torch.stack([token_nll(model(tokens, positions, ids), targets) for model in models])
     counts = torch.arange(1, len(models) + 1)[:, None, None]
     return counts.log() - alone.neg().logcumsumexp(dim=0)
 
 
+def required_same(runs: list[Path]) -> dict[str, Any]:
+    """The config of the first of `runs`. Raises ValueError unless all score the same windows in the same way."""
+    said = []
+    for run in runs:
+        cfg = saved_config(RunFolder(run))
+        check_targets(cfg, trusted(cfg))
+        state = checkpoint.load(checkpoint.find(run))
+        own = {"data and tokenizer": state[TextDataModule.__qualname__]["fingerprint"]}
+        said.append((cfg, own | {"documents": cfg["documents"], "model.block_size": cfg["model"]["block_size"]}))
+        for name, value in said[0][1].items():
+            if said[-1][1][name] != value:
+                raise ValueError(f"{run} has other {name} than {runs[0]}: {said[-1][1][name]}, {value}")
+    return said[0][0]
+
+
 @torch.no_grad()
 def scores(runs: list[Path]) -> list[dict[str, float]]:
-    """val/loss, bits a byte and more of the first 1, 2, ... runs together. Raises ValueError unless they share data."""
-    paths = [checkpoint.find(run) for run in runs]
-    cfg = saved_config(RunFolder(runs[0]))
-    loaded = [checkpoint.load_model(path, trusted(cfg)) for path in paths]
-    models, tokenizers = [model for model, _ in loaded], [tokenizer for _, tokenizer in loaded]
-    for run, tokenizer in zip(runs, tokenizers, strict=True):
-        if tokenizer.fingerprint != tokenizers[0].fingerprint:
-            raise ValueError(f"{run} has another tokenizer than {runs[0]}: their probabilities are of different pieces")
-    windows = build_data(cfg, tokenizers[0]).validation_windows
-    token_bytes = torch.tensor([len(tokenizers[0].decode_bytes([i])) for i in range(tokenizers[0].vocab_size)])
+    """Loss and bits a byte of the first 1, 2, ... runs together, on the validation split of all."""
+    cfg = required_same(runs)
+    loaded = [checkpoint.load_model(checkpoint.find(run), trusted(cfg)) for run in runs]
+    models, tokenizer = [model for model, _ in loaded], loaded[0][1]
+    windows = build_data(cfg, tokenizer).validation_windows
+    token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     metrics = [TokenMetrics(token_bytes) for _ in models]
     for start in range(0, len(windows), WINDOWS_AT_ONCE):
         batch = windows.__getitems__(list(range(start, min(start + WINDOWS_AT_ONCE, len(windows)))))
-        nlls = mean_nlls(models, batch["tokens"], batch["targets"])
+        tokens, targets = batch["tokens"], batch["targets"]
+        nlls = mean_nlls(models, tokens, targets, cfg["documents"] == "separate")
         for metric, nll in zip(metrics, nlls, strict=True):
-            metric.update(nll, batch["targets"], batch["targets"], batch["loss_mask"])
-    return [metric.compute() for metric in metrics]
+            metric.update(nll, targets, targets, batch["loss_mask"])
+    return [{name: metric.compute()[name] for name in ("loss", "bits_per_byte")} for metric in metrics]
 
 
 def main() -> None:

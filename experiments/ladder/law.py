@@ -86,22 +86,25 @@ def percent(predicted: float, actual: float) -> float:
     return 100 * (predicted / actual - 1)
 
 
-def shared(law: Law, points: Sequence[Point]) -> dict[int, float]:
-    """The mean of loss over law at each number of tokens, for runs that read the same windows in the same order.
+def shared(law: Law, runs: Sequence[Sequence[Point]]) -> dict[int, float]:
+    """The mean of loss over law at each number of tokens, of the longest of `runs`: the same ones everywhere.
 
-    What they read last lifts or lowers all of them alike, and so it will a larger run.
+    All runs read the same windows in the same order: what they read last lifts or lowers all of them alike, and so it
+    will a larger run. What the law itself misses of these runs is in it too.
     """
+    ends = [max(point.tokens for point in run) for run in runs]
     ratios: dict[int, list[float]] = {}
-    for point in points:
-        ratios.setdefault(point.tokens, []).append(point.loss / law(point.parameters, point.tokens))
+    for run, end in zip(runs, ends, strict=True):
+        for point in run if end == max(ends) else ():
+            ratios.setdefault(point.tokens, []).append(point.loss / law(point.parameters, point.tokens))
     return {tokens: mean(found) for tokens, found in ratios.items()}
 
 
 def rehearse(runs: Sequence[Sequence[Point]], form: str) -> list[float]:
-    """How far off, in percent, what the other runs say is at each point of the last."""
-    if len(runs) < 4:
-        raise ValueError("a ladder needs four rungs at least: three sizes for a law, and a larger one to rehearse with")
-    others = [point for run in runs[:-1] for point in run]
-    law = fit(others, form)
+    """How far off, in percent, what the runs of at most two thirds of its size say is at each point of the last."""
+    others = [run for run in runs[:-1] if 3 * run[0].parameters <= 2 * runs[-1][0].parameters]
+    if len(others) < 3:
+        raise ValueError("a ladder needs four rungs at least: three sizes for a law, and one half as large again")
+    law = fit([point for run in others for point in run], form)
     lift = shared(law, others)
     return [percent(law(p.parameters, p.tokens) * lift.get(p.tokens, 1.0), p.loss) for p in runs[-1]]

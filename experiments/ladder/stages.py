@@ -44,7 +44,7 @@ def ladder(folder: Path, compose: Compose, rungs: list[str], held_out: list[str]
     began = [began_at(Path(result["run_dir"])) for result in results]
     largest = max(point.parameters * point.tokens for point in fitted)
     rows = [
-        compared(Point(**guess), came, largest) | {"run": run["run"]}
+        compared(guess, came, largest) | {"run": run["run"]}
         for run, result in zip(said["predicted"], results, strict=True)
         for guess, came in zip(run["points"], points_of(result, 0), strict=True)
     ]
@@ -68,7 +68,7 @@ def prediction(runs: list[list[Point]], held_out: dict[str, dict[str, Any]], cod
     fitted = [point for run in runs for point in run]
     rehearsals = {form: rehearse(runs, form) for form in FORMS}
     law = fit(fitted, min(rehearsals, key=lambda form: max(map(abs, rehearsals[form]))))
-    lift = shared(law, fitted)
+    lift = shared(law, runs)
     return {
         "written": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "commit": code,
@@ -81,15 +81,15 @@ def prediction(runs: list[list[Point]], held_out: dict[str, dict[str, Any]], cod
 
 
 def predict(law: Law, lift: dict[int, float], cfg: dict[str, Any]) -> list[dict[str, float]]:
-    """What each validation of a run will say: the law, lifted by what the rungs share after as many tokens."""
+    """What each validation of a run will say: the law, and that lifted by what rungs share after as many tokens."""
     node, trainer, every = model_config(cfg["model"]), cfg["trainer"], cfg["validation"]["every_steps"]
     node.vocab_size = node.vocab_size or 1  # a tokenizer's; it changes the embedding alone
     with torch.device("meta"):
         parameters = count_parameters(GPT(node, trusted(cfg)))[1]
     a_step = cfg["data"]["batch_size"] * trainer["accumulate_grad_batches"] * node.block_size
     steps = sorted({*range(every, trainer["max_steps"], every), trainer["max_steps"]})
-    counts = [step * a_step for step in steps]
-    return [asdict(Point(parameters, count, law(parameters, count) * lift.get(count, 1.0))) for count in counts]
+    found = [(count, law(parameters, count)) for count in (step * a_step for step in steps)]
+    return [asdict(Point(parameters, count, loss * lift.get(count, 1.0))) | {"law": loss} for count, loss in found]
 
 
 def kept(path: Path, fitted: list[Point], held_out: list[str]) -> dict[str, Any]:
@@ -118,20 +118,22 @@ def began_at(run: Path) -> datetime:
     return datetime.strptime(first, "%Y-%m-%d %H:%M:%S,%f").astimezone()
 
 
-def compared(guess: Point, came: Point, largest: float) -> dict[str, float]:
+def compared(guess: dict[str, Any], came: Point, largest: float) -> dict[str, float]:
     """A prediction beside what came; `factor` is the compute, N D, over that of the largest rung."""
-    assert (guess.parameters, guess.tokens) == (came.parameters, came.tokens)
+    assert (guess["parameters"], guess["tokens"]) == (came.parameters, came.tokens)
     return {
-        "factor": guess.parameters * guess.tokens / largest,
-        "tokens": guess.tokens,
-        "predicted": guess.loss,
+        "factor": came.parameters * came.tokens / largest,
+        "tokens": came.tokens,
+        "predicted": guess["loss"],
         "actual": came.loss,
-        "error_percent": percent(guess.loss, came.loss),
+        "error_percent": percent(guess["loss"], came.loss),
+        "law_error_percent": percent(guess["law"], came.loss),
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'run':<50} {'tokens':>10} {'compute':>8} {'predicted':>9} {'actual':>8} {'error':>8}")
+    print(f"{'run':<50} {'tokens':>10} {'compute':>8} {'predicted':>9} {'actual':>8} {'error':>8} {'of law':>8}")
     for row in rows:
-        figures = f"{row['predicted']:>9.4f} {row['actual']:>8.4f} {row['error_percent']:>+7.2f}%"
+        errors = f"{row['error_percent']:>+7.2f}% {row['law_error_percent']:>+7.2f}%"
+        figures = f"{row['predicted']:>9.4f} {row['actual']:>8.4f} {errors}"
         print(f"{row['run']:<50} {row['tokens']:>10,} {row['factor']:>7.1f}x {figures}", flush=True)

@@ -34,6 +34,6 @@ class GrowingBatch(LMTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.trainer.global_step < self.half_until:
             mask = batch["loss_mask"].clone()
-            mask[len(mask) // 2 :] = False
+            mask[(len(mask) + 1) // 2 :] = False
             batch = batch | {"loss_mask": mask}
         return super().training_step(batch, batch_idx)

@@ -119,10 +119,10 @@ class Monitor(StepCallback):
             self._log(trainer, task, step)
 
     def _log(self, trainer: Trainer, task: LightningModule, step: int) -> None:
-        task.require_finite()
+        found = task.training_figures()
         for name in ("train/loss", "train/gradient_norm"):  # nothing stands for an interval that was skipped
             self.figures.pop(name, None)
-        self.figures |= task.training_figures()
+        self.figures |= found
         now = time.perf_counter()
         if self._mark is not None and step > self._mark[1]:
             rate = (step - self._mark[1]) * task.tokens_a_step / (now - self._mark[0])

@@ -4,6 +4,7 @@ Shapes: B batch, T time, V vocabulary.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -162,13 +163,18 @@ class LMTask(LightningModule):
                 f"{self.trainer.global_step + 1}; {KEPT}. {REMEDY}"
             )
 
-    def require_finite(self) -> None:
-        """Raise NotFiniteError unless the sums of the loss and the last gradient norm are numbers."""
-        if not bool(torch.isfinite(self.interval_sums).all() & torch.isfinite(self.gradient_norm)):
+    def finite_sums(self) -> list[float]:
+        """The sum of the loss and of tokens since they were last logged, and the last gradient norm, read at once.
+
+        Raises NotFiniteError unless they are numbers.
+        """
+        sums = torch.cat((self.interval_sums, self.gradient_norm[None])).tolist()
+        if not all(map(math.isfinite, sums)):
             raise NotFiniteError(
                 f"the loss or its gradient was NaN or infinite by step {self.trainer.global_step} (it is looked for "
                 f"when logging and saving); {KEPT}. {REMEDY}, or nonfinite=skip to pass over a few such steps"
             )
+        return sums
 
     @property
     def tokens_a_step(self) -> int:
@@ -178,9 +184,10 @@ class LMTask(LightningModule):
     def training_figures(self) -> dict[str, float]:
         """The mean loss since the last call, and the last gradient norm: where training waits for the device.
 
-        There is no loss where no token has counted since, and no norm where the last step was skipped.
+        There is no loss where no token has counted since, and no norm where the last step was skipped. Raises
+        NotFiniteError.
         """
-        nll, tokens, norm = torch.cat((self.interval_sums, self.gradient_norm[None])).tolist()
+        nll, tokens, norm = self.finite_sums()
         self.interval_sums.zero_()
         figures = {"train/loss": nll / tokens} if tokens else {}
         return figures if self.skipped_in_a_row else figures | {"train/gradient_norm": norm}
