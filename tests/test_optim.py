@@ -93,6 +93,14 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
+def newton_schulz(x: Tensor) -> Tensor:
+    """Five steps of Jordan et al. (2024), as they stand there."""
+    x = x / x.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
 def naive_muon(matrices: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
     """The update of Jordan et al. (2024) at the size of Liu et al. (2025), matrix by matrix, in float64."""
     lr, decay, momentum = SETTINGS["lr"], SETTINGS["weight_decay"], SETTINGS["momentum"]
@@ -103,9 +111,7 @@ def naive_muon(matrices: list[Tensor], gradients: list[list[Tensor]]) -> list[Te
             gradient = step[number].double()
             buffer = momentum * buffer + (1 - momentum) * gradient
             x = momentum * buffer + (1 - momentum) * gradient
-            x = x / x.norm()
-            for _ in range(5):
-                x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+            x = newton_schulz(x)
             weight = weight * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(matrix.shape)) * x
         found.append(weight)
     return found
@@ -168,6 +174,18 @@ def test_orthogonal_keeps_the_directions_of_the_singular_vectors(monkeypatch, sh
     assert diagonal.min() > 0.5
     assert diagonal.max() < 1.3
     torch.testing.assert_close(in_their_basis, torch.diag_embed(diagonal), rtol=0, atol=0.05 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_rounding_does_not_grow_where_singular_values_are_far_apart(monkeypatch, power):
+    """Those of gradients fall like these; a long matrix goes the short way, in bfloat16 as anywhere."""
+    monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: True)
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(128, 320, dtype=torch.float64), full_matrices=False)
+    matrix = u * torch.arange(1, 129).double() ** -power @ vh
+    expected, found = newton_schulz(matrix), orthogonal(matrix[None].float())[0].double()
+    assert (found - expected).norm() < 1.5 * (newton_schulz(matrix.bfloat16()).double() - expected).norm()
+    assert torch.linalg.matrix_norm(found, 2) < 1.35
 
 
 def changes_of(n_embd: int, width: int | None) -> dict[str, Tensor]:
