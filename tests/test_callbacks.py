@@ -114,6 +114,7 @@ def test_steps_of_validating_saving_and_logging_do_not_depend_on_accumulation(tr
         options = (f"trainer.accumulate_grad_batches={accumulate}", f"data.batch_size={batch_size}")
         intervals = ("validation.every_steps=5", "checkpoint.every_steps=3", "log.every_steps=2")
         more = ("checkpoint.keep_last=99", "samples.every_steps=4", "samples.max_tokens=2", "trainer.max_steps=70")
+        more += ("optimizer=adamw",)  # Muon's bfloat16 would make more of how sums are rounded at each step
         assert train(run, *options, *intervals, *more) == 0  # more than one epoch of 55 steps
         saved = [int(path.stem[5:]) for path in sorted((run / "checkpoints").glob("step-*"))]
         sampled = [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()]
