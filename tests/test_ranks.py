@@ -180,9 +180,10 @@ def test_ranks_and_micro_batches_make_the_same_run(whole, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_muon_is_the_same_on_several_ranks(whole, kind):
+    muon = ("optimizer=muon", "optimizer.lr=3e-3")  # at a higher rate, rounding makes more of a difference
     if not (whole / "muon").exists():
-        assert run(whole, "muon", *ONE, "optimizer=muon").returncode == 0
-    assert run(whole, f"muon-{kind}", *KINDS[kind], "optimizer=muon").returncode == 0
+        assert run(whole, "muon", *ONE, *muon).returncode == 0
+    assert run(whole, f"muon-{kind}", *KINDS[kind], *muon).returncode == 0
     for left, right in zip(figures(whole / "muon"), figures(whole / f"muon-{kind}"), strict=True):
         assert float(left["train/loss"]) == pytest.approx(float(right["train/loss"]), rel=1e-4)  # it divides by norms
 
