@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptlab import attention
+from gptlab.machine import keep_freed_memory
 
 SHAPES = {  # batch, heads, tokens, head width
     "small": (12, 4, 64, 32),
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as in training
     print(f"{arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in arguments.shape:
         T = SHAPES[name][2]

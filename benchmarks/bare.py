@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from peers.clock import Clock, given, report
 from torch import Tensor
 
-from gptlab import attention
+from gptlab import activations
 from gptlab.cost import computes_in_bf16
-from gptlab.machine import keep_freed_memory
+from gptlab.machine import call_kernels_from_cpp, keep_freed_memory
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import constant, parameter_groups
 from gptlab.tasks.lm import LMTask
@@ -41,7 +41,7 @@ def plain_step(
     """A network and its step, which gives the loss: cross-entropy of all logits, clipping, fused AdamW."""
     model = GPT(config).to(device)
     optimizer = adamw(parameter_groups(model))
-    attention.PRODUCTS_UP_TO = 0  # torch's own kernel, as anybody would call it
+    activations.OWN_FORMULAS = False  # torch's own kernels, as anybody would call them
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
@@ -67,10 +67,12 @@ def task_step(
 ) -> tuple[LMTask, Callable[[], Tensor]]:
     """gptlab's own task, and its step in bf16 where the device has it.
 
-    `gptlab.train` on a CPU asks for operations that repeat bit for bit, and keeps memory; so does `deterministic`.
+    `gptlab.train` on a CPU asks for operations that repeat bit for bit, keeps memory, and has kernels called from C++; so
+    does `deterministic`.
     """
     if deterministic:
         keep_freed_memory()
+        call_kernels_from_cpp()
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     schedule = partial(constant, warmup_steps=0)

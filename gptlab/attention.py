@@ -3,14 +3,20 @@
 Shapes: B batch, H heads, K key/value heads, T queries, S keys, E head width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptlab.activations import compiled_for_cpu, wide
+
 # Up to so many tokens a CPU's own matrix products, with a compiled softmax between them, beat the kernel that never
 # holds the scores (benchmarks/attention.py); beyond, its memory is the lesser evil.
 PRODUCTS_UP_TO = 1024
-BLOCK = 64  # queries at a time
+# Queries at a time: fewer leave out more of what lies ahead, and take more calls, which cost more than that where the
+# processor multiplies by tiles.
+BLOCK = 128 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 64
 
 
 def attend(
@@ -21,16 +27,11 @@ def attend(
     `mask` (B or 1, 1, T, S) is true where a query may look. With `causal`, T is S, and each sees itself and what is
     before it.
     """
-    if causal and mask is None and by_products(q):
+    if causal and mask is None and compiled_for_cpu(q) and q.size(2) <= PRODUCTS_UP_TO:
         return products(q, k, v, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
     )
-
-
-def by_products(q: Tensor) -> bool:
-    """Whether matrix products are the faster way: where a compiler joins all that is between them into one pass."""
-    return torch.compiler.is_compiling() and q.device.type == "cpu" and q.size(2) <= PRODUCTS_UP_TO
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int = BLOCK) -> Tensor:
@@ -39,12 +40,49 @@ def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int = BLOCK
     `block` queries at a time: no scores are computed for the keys behind the last of them.
     """
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    T, scale, rows = q.size(2), q.size(3) ** -0.5, []
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        scores = (q[:, :, start:stop] @ k[:, :, :stop].mT).to(wide) * scale
-        ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
-        weights = scores.masked_fill(ahead, -torch.inf).softmax(dim=-1).to(v.dtype)
-        rows.append(F.dropout(weights, dropout) @ v[:, :, :stop])
-    return torch.cat(rows, dim=2)
+    return Products.apply(q, k, v, dropout, block)
+
+
+class Products(torch.autograd.Function):
+    """With what Dao et al. (2022, appendix B) found: the sum of a softmax divides after the second product, and what
+    the softmax takes back of a gradient is that of the output times the output. So the exponentials of the scores are
+    all that is kept of them, in the type of the products, and are computed once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int) -> Tensor:
+        T, scale = q.size(2), q.size(3) ** -0.5
+        rows, kept = [], []
+        for start in range(0, T, block):
+            stop = min(start + block, T)
+            scores = wide(q[:, :, start:stop] @ k[:, :, :stop].mT) * scale
+            ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
+            scores = scores.masked_fill(ahead, -torch.inf)
+            powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+            total, powers = powers.sum(dim=-1, keepdim=True), powers.to(v.dtype)
+            counted = F.dropout(powers, dropout)
+            rows.append((wide(counted @ v[:, :, :stop]) / total).to(v.dtype))
+            kept += [total, powers, counted]
+        y = torch.cat(rows, dim=2)
+        ctx.block = block
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        T, scale, block = q.size(2), q.size(3) ** -0.5, ctx.block
+        d_q, d_k, d_v = [], 0, 0
+        for number, start in enumerate(range(0, T, block)):
+            stop = min(start + block, T)
+            total, powers, counted = kept[3 * number : 3 * number + 3]
+            d_y = wide(gradient[:, :, start:stop]) / total
+            back = (d_y * wide(y[:, :, start:stop])).sum(dim=-1, keepdim=True)
+            d_y = d_y.to(v.dtype)
+            d_scores = wide(counted) * wide(d_y @ v[:, :, :stop].mT) - wide(powers) * back
+            d_scores = (d_scores * scale).to(q.dtype)
+            d_q.append(d_scores @ k[:, :, :stop])
+            behind = (0, 0, 0, T - stop)  # no query of this block looks there
+            d_k = d_k + F.pad(d_scores.mT @ q[:, :, start:stop], behind)
+            d_v = d_v + F.pad(counted.mT @ d_y, behind)
+        return torch.cat(d_q, dim=2), d_k, d_v, None, None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptlab.activations import compiled_for_cpu, gelu, swiglu
 from gptlab.attention import attend
 from gptlab.cache import KVCache, LayerCache
 from gptlab.names import load_class
@@ -111,23 +112,35 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=config.norm_eps, bias=config.bias)
 
 
-class ResidualLinear(nn.Linear):
+class Linear(nn.Linear):
+    """x W^T + b. Compiled for a CPU, b is added with what comes next: its product would begin by copying b to each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or not compiled_for_cpu(x):
+            return super().forward(x)
+        y = F.linear(x, self.weight)
+        return (y.float() + self.bias).to(y.dtype)
+
+
+class ResidualLinear(Linear):
     """A linear layer that writes into the residual stream, and so starts smaller (GPT-2, section 2.3)."""
 
 
 def rotary_tables(config: GPTConfig) -> Tensor:
-    """Cosines and sines of every position and pair of channels (Su et al. 2021), stacked: (2, block_size, E)."""
+    """Cosines and sines of every position and pair of channels (Su et al. 2021), stacked: (2, block_size, E / 2).
+
+    Half-split: channel i turns with channel i + E / 2, as in Llama.
+    """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_width, 2).float() / config.head_width)
     angles = torch.arange(config.block_size).float()[:, None] * frequencies  # (block_size, E / 2)
-    angles = torch.cat((angles, angles), dim=-1)  # half-split: channel i turns with channel i + E / 2, as in Llama
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B, H, T, E) by the angles in `rotary` (2, B or 1, 1, T, E), in float32."""
-    cos, sin = rotary
+    """Turn the channel pairs of x (B, H, T, E) by the angles in `rotary` (2, B or 1, 1, T, E / 2), in float32."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    cos, sin = rotary
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -142,7 +155,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_width = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_width, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_width, bias=config.bias)
         self.proj = ResidualLinear(self.n_head * self.head_width, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_width, config) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_width, config) if config.qk_norm else nn.Identity()
@@ -177,13 +190,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.hidden_width, bias=config.bias)
+        self.gate_up = Linear(config.n_embd, 2 * config.hidden_width, bias=config.bias)
         self.proj = ResidualLinear(config.hidden_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.dropout(self.proj(F.silu(gate) * up))
+        return self.dropout(self.proj(swiglu(self.gate_up(x))))
 
 
 class GELU(nn.Module):
@@ -191,12 +203,12 @@ class GELU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
+        self.up = Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.proj = ResidualLinear(config.hidden_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.proj(F.gelu(self.up(x), approximate="tanh")))
+        return self.dropout(self.proj(gelu(self.up(x))))
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -288,13 +300,15 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into model.block_size={self.config.block_size}")
-        if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device)[None]
         x = self.embed(tokens)
         if self.position is not None:
-            x = x + self.position(positions)
+            following = torch.arange(start, start + T, device=tokens.device)[None]
+            x = x + self.position(following if positions is None else positions)
         x = self.dropout(x)
-        rotary = None if self.rotary is None else self.rotary[:, positions][:, :, None]  # (2, B or 1, 1, T, E)
+        rotary = self.rotary  # (2, block_size, E / 2), and below (2, B or 1, 1, T, E / 2)
+        if rotary is not None:
+            rotary = rotary[:, None, start : start + T] if positions is None else rotary[:, positions]
+            rotary = rotary[:, :, None]
         mask = attention_mask(T, start, document_ids, tokens.device)
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -122,61 +123,80 @@ class Muon(Optimizer):
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
             # Of a network that is split over ranks, each puts the matrices together, and keeps its part of the update.
-            updates = orthogonal(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
+            updates = orthogonal([whole(matrix) for matrix in ahead])
             own = [local(share(update, like)) for update, like in zip(updates, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            narrow, wide = sorted(parameters[0].shape)
-            rate = group["lr"] * 0.2 * math.sqrt(wide)  # its entries are then as large as AdamW's
-            if self.width is not None:
-                rate *= math.sqrt(self.width / narrow)
-            torch._foreach_add_([local(parameter) for parameter in parameters], own, alpha=-rate)
+            narrow = min(parameters[0].shape)
+            for update, parameter in zip(own, parameters, strict=True):
+                rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))  # its entries are then as large as AdamW's
+                if self.width is not None:
+                    rate *= math.sqrt(self.width / narrow)
+                local(parameter).add_(update, alpha=-rate)
 
 
 def batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices in groups of one shape, none larger than what is computed at once."""
-    by_shape: dict[torch.Size, list[Tensor]] = {}
-    for matrix in matrices:
-        by_shape.setdefault(matrix.shape, []).append(matrix)
-    for shape, alike in by_shape.items():
-        size = max(1, AT_ONCE // shape.numel())
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
+    """The matrices in groups whose narrower side is one, each by shape, and none larger than what is computed at once."""
+    by_side: dict[int, list[Tensor]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.shape):
+        by_side.setdefault(min(matrix.shape), []).append(matrix)
+    for alike in by_side.values():
+        group: list[Tensor] = []
+        for matrix in alike:
+            if group and sum(map(Tensor.numel, group)) + matrix.numel() > AT_ONCE:
+                yield group
+                group = []
+            group.append(matrix)
+        yield group
 
 
 A, B, C = 3.4445, -4.7750, 2.0315  # a step of Newton-Schulz: X <- (A I + B G + C G^2) X, G = X X^T
+LEAPS = (2, 2, 1)  # steps at once; after three, bfloat16's rounding has grown
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """About U V^T for each U S V^T of `matrices` (N, rows, columns): five steps of a quintic Newton-Schulz iteration.
+def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """About U V^T for each U S V^T of `matrices`: five steps of a quintic Newton-Schulz iteration.
 
-    Singular values end between 0.7 and 1.2, in bfloat16 up to 1.3, which serves as well as 1 (Jordan et al. 2024).
+    Singular values end between 0.7 and 1.2, in bfloat16 up to 1.3, which serves as well as 1 (Jordan et al. 2024). A
+    step multiplies X by a polynomial of G, and so is the next G: some steps need only G, whose side is the narrower one
+    of the matrix. Matrices of all shapes go through these together, in one batch of squares; they must have that side
+    in common, and neighbours of one shape are multiplied together too.
     """
-    x = matrices.bfloat16() if computes_in_bf16(matrices.device.type) else matrices.float()
-    is_tall = x.size(1) > x.size(2)
-    x = x.mT if is_tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.size(2) >= 2 * x.size(1):
-        x = leap(leap(x, 2), 3)  # in one leap of five, bfloat16's rounding would grow
-    else:
-        for _ in range(5):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return x.mT if is_tall else x
+    stacks = [normalised(list(alike)) for _, alike in groupby(matrices, lambda matrix: matrix.shape)]
+    sizes = [len(x) for x in stacks]
+    for steps in LEAPS:
+        gram = torch.cat([x.mT @ x if is_tall(x) else x @ x.mT for x in stacks])
+        factors = polynomial(gram, steps).split(sizes)
+        stacks = [x @ p.mT if is_tall(x) else p @ x for x, p in zip(stacks, factors, strict=True)]
+    return [matrix for x in stacks for matrix in x]
 
 
-def leap(x: Tensor, steps: int) -> Tensor:
-    """`steps` steps at once, for long x (N, rows, columns): each is a polynomial of G times X, and so is the next G.
+def normalised(matrices: list[Tensor]) -> Tensor:
+    """Matrices of one shape (N, rows, columns), in the type in which the device computes, each of Frobenius norm 1."""
+    dtype = torch.bfloat16 if computes_in_bf16(matrices[0].device.type) else torch.float32
+    x = torch.empty(len(matrices), *matrices[0].shape, dtype=dtype, device=matrices[0].device)
+    for slot, matrix in zip(x, matrices, strict=True):
+        slot.copy_(matrix)
+    return x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
 
-    So it is enough to follow G and their product, small squares both, and to multiply X at the end.
-    """
-    gram, product = x @ x.mT, torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+
+def is_tall(x: Tensor) -> bool:
+    return x.size(-2) > x.size(-1)
+
+
+def polynomial(gram: Tensor, steps: int) -> Tensor:
+    """What so many steps multiply X by, (N, D, D), from G (N, D, D)."""
+    product = gram
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # a step multiplies by A I + this
-        product = torch.baddbmm(product, factor, product, beta=A) if step else factor + A * product
+        if step:
+            product = torch.baddbmm(product, factor, product, beta=A)
+        else:
+            product = factor.clone()
+            product.diagonal(dim1=1, dim2=2).add_(A)
         if step < steps - 1:
             half = torch.baddbmm(gram, factor, gram, beta=A)
             gram = torch.baddbmm(half, half, factor, beta=A)
-    return product @ x
+    return product
 
 
 # Schedules: the learning rate at optimizer step `step` (from 0) of `total_steps`, as a factor of its peak. All warm up

@@ -44,6 +44,48 @@ def test_products_equal_the_naive_loop_and_the_kernel_in_value_and_gradient(head
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("block", [4, 16])
+def test_products_have_the_gradient_of_what_dropout_has_left(block):
+    """Against torch's own differentiation of a softmax, of which the same weights are dropped."""
+    q, k, v = inputs(2, 2, 12)
+    direction = torch.randn_like(q)
+    torch.manual_seed(1)
+    found = attention.products(q, k, v, 0.4, block)
+    torch.manual_seed(1)
+    rows = []
+    for start in range(0, 12, block):
+        stop = min(start + block, 12)
+        scores = q[:, :, start:stop] @ k[:, :, :stop].mT / 8**0.5
+        ahead = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
+        rows.append(F.dropout(scores.masked_fill(ahead, -torch.inf).softmax(dim=-1), 0.4) @ v[:, :, :stop])
+    expected = torch.cat(rows, dim=2)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((y * direction).sum(), (q, k, v)) for y in (found, expected)]
+    for own, of_torch in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, of_torch)
+
+
+def test_products_in_bf16_are_as_close_to_the_truth_as_a_softmax_that_torch_differentiates():
+    exact = [(x.detach() * 2).bfloat16().double().requires_grad_() for x in inputs(2, 2, 96)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    direction = torch.randn_like(rounded[0])
+
+    def plain(q, k, v):
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / 8**0.5
+        ahead = torch.ones(96, 96, dtype=torch.bool).triu(1)
+        return scores.masked_fill(ahead, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+
+    def found(attend, inputs):
+        y = attend(*inputs)
+        return y, *torch.autograd.grad((y * direction.to(y.dtype)).sum(), inputs)
+
+    truth, of_torch = found(plain, exact), found(plain, rounded)
+    own = found(lambda q, k, v: attention.products(q, k, v, 0.0, block=32), rounded)
+    for mine, theirs, true in zip(own, of_torch, truth, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - true).norm() < 1.1 * (theirs.double() - true).norm()
+
+
 def test_dropout_of_products_leaves_the_mean_as_it_is():
     q, k, v = inputs(2, 2, 4)
     with torch.no_grad():

@@ -1,0 +1,71 @@
+"""The nonlinearities of MLPs; what is compiled for a CPU gets formulas that it computes faster, equal but for rounding.
+
+A compiler for a CPU takes as long for a tanh as for three sigmoids, and left to itself it keeps in memory what the
+backward pass could compute again: here that keeps the argument alone. Shapes: any; W is the width of an MLP.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OWN_FORMULAS = True  # where they pay: in what is compiled for a CPU
+
+
+def compiled_for_cpu(x: Tensor) -> bool:
+    return OWN_FORMULAS and torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in GPT-2's approximation by a tanh (Hendrycks and Gimpel 2016)."""
+    return GELUBySigmoid.apply(x) if compiled_for_cpu(x) else F.gelu(x, approximate="tanh")
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020), (..., W), of both side by side (..., 2 W)."""
+    if compiled_for_cpu(gate_up):
+        return SwiGLUOfOne.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or more where it has more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+A, B = 1.5957691216057308, 0.044715  # 2 sqrt(2 / pi), and the share of the cube
+
+
+class GELUBySigmoid(torch.autograd.Function):
+    """x (1 + tanh(u)) / 2 = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        w = wide(x)
+        return (w * torch.sigmoid(A * (w + B * w * w * w))).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        w = wide(x)
+        s = torch.sigmoid(A * (w + B * w * w * w))
+        slope = s + w * s * (1 - s) * (A + 3 * A * B * w * w)
+        return (wide(gradient) * slope).to(x.dtype)
+
+
+class SwiGLUOfOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
+        return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
+        s, d = torch.sigmoid(gate), wide(gradient)
+        return torch.cat((d * up * s * (1 + gate * (1 - s)), d * gate * s), dim=-1).to(gate_up.dtype)
