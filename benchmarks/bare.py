@@ -67,8 +67,8 @@ def task_step(
 ) -> tuple[LMTask, Callable[[], Tensor]]:
     """gptlab's own task, and its step in bf16 where the device has it.
 
-    `gptlab.train` on a CPU asks for operations that repeat bit for bit, keeps memory, and has kernels called from C++; so
-    does `deterministic`.
+    `gptlab.train` on a CPU asks for operations that repeat bit for bit, keeps memory, and has kernels called from C++;
+    so does `deterministic`.
     """
     if deterministic:
         keep_freed_memory()

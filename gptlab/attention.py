@@ -44,9 +44,8 @@ def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int = BLOCK
 
 
 class Products(torch.autograd.Function):
-    """With what Dao et al. (2022, appendix B) found: the sum of a softmax divides after the second product, and what
-    the softmax takes back of a gradient is that of the output times the output. So the exponentials of the scores are
-    all that is kept of them, in the type of the products, and are computed once.
+    """The exponentials of the scores are computed once, and all that is kept of them, in the type of the products: what
+    they are divided by, their sum, waits until after the second product (Dao et al. 2022).
     """
 
     @staticmethod
@@ -63,26 +62,24 @@ class Products(torch.autograd.Function):
             counted = F.dropout(powers, dropout)
             rows.append((wide(counted @ v[:, :, :stop]) / total).to(v.dtype))
             kept += [total, powers, counted]
-        y = torch.cat(rows, dim=2)
         ctx.block = block
-        ctx.save_for_backward(q, k, v, y, *kept)
-        return y
+        ctx.save_for_backward(q, k, v, *kept)
+        return torch.cat(rows, dim=2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         T, scale, block = q.size(2), q.size(3) ** -0.5, ctx.block
         d_q, d_k, d_v = [], 0, 0
         for number, start in enumerate(range(0, T, block)):
             stop = min(start + block, T)
             total, powers, counted = kept[3 * number : 3 * number + 3]
-            d_y = wide(gradient[:, :, start:stop]) / total
-            back = (d_y * wide(y[:, :, start:stop])).sum(dim=-1, keepdim=True)
-            d_y = d_y.to(v.dtype)
-            d_scores = wide(counted) * wide(d_y @ v[:, :, :stop].mT) - wide(powers) * back
-            d_scores = (d_scores * scale).to(q.dtype)
+            d_y = gradient[:, :, start:stop]
+            d_weights = wide(counted) * wide(d_y @ v[:, :, :stop].mT)
+            common = d_weights.sum(dim=-1, keepdim=True) / total  # of y, rounded, it would be found sooner, and worse
+            d_scores = ((d_weights - wide(powers) * common) * (scale / total)).to(q.dtype)
             d_q.append(d_scores @ k[:, :, :stop])
             behind = (0, 0, 0, T - stop)  # no query of this block looks there
             d_k = d_k + F.pad(d_scores.mT @ q[:, :, start:stop], behind)
-            d_v = d_v + F.pad(counted.mT @ d_y, behind)
+            d_v = d_v + F.pad(counted.mT @ (wide(d_y) / total).to(v.dtype), behind)
         return torch.cat(d_q, dim=2), d_k, d_v, None, None

@@ -113,7 +113,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """x W^T + b. Compiled for a CPU, b is added with what comes next: its product would begin by copying b to each row."""
+    """x W^T + b. Compiled for a CPU, b is added with what comes next: the product would begin by copying it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None or not compiled_for_cpu(x):
