@@ -135,7 +135,7 @@ class Muon(Optimizer):
 
 
 def batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices in groups with one narrower side, by shape in each, and none larger than what is computed at once."""
+    """The matrices in groups with one narrower side, sorted by shape, none larger than what is computed at once."""
     by_side: dict[int, list[Tensor]] = {}
     for matrix in sorted(matrices, key=lambda matrix: matrix.shape):
         by_side.setdefault(min(matrix.shape), []).append(matrix)
