@@ -137,7 +137,8 @@ class Monitor(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
         if "train/loss" in self.figures:
-            task.log("train/loss", self.figures["train/loss"], logger=False)  # for callbacks that monitor it
+            # For callbacks that monitor it; `task.log` takes 2 ms.
+            trainer.callback_metrics["train/loss"] = torch.tensor(self.figures["train/loss"])
 
     def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
         self._mark = None

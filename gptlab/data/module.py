@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from gptlab.data.changes import files_that_differ
@@ -117,6 +118,10 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's, but that nothing is looked through where there is nowhere to go."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def identity(self, trainer: Trainer) -> dict[str, Any]:
         """What must be the same for a run to continue: the text, and all that its order follows from."""
