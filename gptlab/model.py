@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptlab.activations import compiled_for_cpu, gelu, swiglu
+from gptlab.activations import compiled_for_cpu, gelu, swiglu, wide
 from gptlab.attention import attend
 from gptlab.cache import KVCache, LayerCache
 from gptlab.names import load_class
@@ -119,7 +119,7 @@ class Linear(nn.Linear):
         if self.bias is None or not compiled_for_cpu(x):
             return super().forward(x)
         y = F.linear(x, self.weight)
-        return (y.float() + self.bias).to(y.dtype)
+        return (wide(y) + self.bias).to(y.dtype)
 
 
 class ResidualLinear(Linear):
