@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptlab import activations
 from gptlab.cost import computes_in_bf16
-from gptlab.machine import call_kernels_from_cpp, keep_freed_memory
+from gptlab.machine import keep_freed_memory, set_compiler
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import constant, parameter_groups
 from gptlab.tasks.lm import LMTask
@@ -72,7 +72,7 @@ def task_step(
     """
     if deterministic:
         keep_freed_memory()
-        call_kernels_from_cpp()
+        set_compiler(device)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     schedule = partial(constant, warmup_steps=0)

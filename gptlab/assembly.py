@@ -22,7 +22,7 @@ from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
-from gptlab.machine import call_kernels_from_cpp
+from gptlab.machine import set_compiler
 from gptlab.model import GPT, GPTConfig
 from gptlab.run import RunFolder
 from gptlab.tasks.lm import LMTask
@@ -136,8 +136,9 @@ def import_compiler(cfg: dict[str, Any]) -> None:
 
             valid_vec_isa_list()
 
-    if device_type(cfg["trainer"]["accelerator"]) == "cpu":
-        call_kernels_from_cpp()
+    device = device_type(cfg["trainer"]["accelerator"])
+    set_compiler(device)
+    if device == "cpu":
         threading.Thread(target=probe, daemon=True).start()
 
 

@@ -14,9 +14,7 @@ from gptlab.activations import compiled_for_cpu, wide
 # Up to so many tokens a CPU's own matrix products, with a compiled softmax between them, beat the kernel that never
 # holds the scores (benchmarks/attention.py); beyond, its memory is the lesser evil.
 PRODUCTS_UP_TO = 1024
-# Queries at a time: fewer leave out more of what lies ahead, and take more calls, which cost more than that where the
-# processor multiplies by tiles.
-BLOCK = 128 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 64
+HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # of bf16 matrices
 
 
 def attend(
@@ -34,11 +32,14 @@ def attend(
     )
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int = BLOCK) -> Tensor:
+def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int | None = None) -> Tensor:
     """Causal attention of T queries to T keys, by matrix products in the type of `q` and a softmax in float32.
 
-    `block` queries at a time: no scores are computed for the keys behind the last of them.
+    `block` queries at a time: no scores are computed for the keys behind the last of them. Fewer leave out more, and
+    take more calls, which cost more than that where the processor multiplies tiles.
     """
+    if block is None:
+        block = 128 if HAS_TILES and q.dtype == torch.bfloat16 else 64
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return Products.apply(q, k, v, dropout, block)
 
@@ -76,7 +77,7 @@ class Products(torch.autograd.Function):
             total, powers, counted = kept[3 * number : 3 * number + 3]
             d_y = gradient[:, :, start:stop]
             d_weights = wide(counted) * wide(d_y @ v[:, :, :stop].mT)
-            common = d_weights.sum(dim=-1, keepdim=True) / total  # of y, rounded, it would be found sooner, and worse
+            common = d_weights.sum(dim=-1, keepdim=True) / total  # or (d_y * y).sum(), but y is rounded
             d_scores = ((d_weights - wide(powers) * common) * (scale / total)).to(q.dtype)
             d_q.append(d_scores @ k[:, :, :stop])
             behind = (0, 0, 0, T - stop)  # no query of this block looks there

@@ -25,11 +25,18 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def call_kernels_from_cpp() -> None:
-    """Have the compiler for a CPU write the calls of its kernels in C++ too: Python takes 20 to 50 µs between two."""
-    from torch._inductor import config  # here, because it takes a while
+def set_compiler(device: str) -> None:
+    """Let the compiler find graphs again that have gradients of their own (activations, attention, losses).
 
-    config.cpp_wrapper = True
+    For a CPU it writes the calls of its kernels in C++ too: Python takes 20 to 50 µs between two.
+    """
+    from torch._functorch import config as cache  # here, because both take a while
+    from torch._inductor import config
+
+    if hasattr(cache, "autograd_cache_allow_custom_autograd_functions"):
+        cache.autograd_cache_allow_custom_autograd_functions = True
+    if device == "cpu":
+        config.cpp_wrapper = True
 
 
 def peak_rss_mb() -> float:

@@ -146,9 +146,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads. This is the interface of `model.attention`.
 
-    `forward(x, rotary, mask, cache)` maps x (B, T, D) to (B, T, D). `rotary` is None without rotary positions. `mask`
-    (B or 1, 1, T, S) is true where a query may look; None means causal over the T tokens given. `cache`, when
-    generating, takes the new keys and values and gives back all S so far.
+    `forward(x, rotary, mask, cache)` maps x (B, T, D) to (B, T, D). `rotary` (2, B or 1, 1, T, E / 2) is what `rotate`
+    turns by, None without rotary positions. `mask` (B or 1, 1, T, S) is true where a query may look; None means causal
+    over the T tokens given. `cache`, when generating, takes the new keys and values and gives back all S so far.
     """
 
     def __init__(self, config: GPTConfig, layer: int):

@@ -55,9 +55,9 @@ class Muon(Optimizer):
 
     It is torch's Muon (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025, section 2.2), so
     that one learning rate and one decay serve both. Torch's own class orthogonalises matrix by matrix and always in
-    bfloat16, which a processor without it emulates at a fortieth of the speed (benchmarks/muon.py); here matrices of
-    one shape go together, in the type in which the device computes. One state holds both halves: a schedule reaches
-    both, and so does a file.
+    bfloat16, which a processor without it emulates at a fortieth of the speed (benchmarks/muon.py); here matrices
+    with one narrower side go together, in the type in which the device computes. One state holds both halves: a
+    schedule reaches both, and so does a file.
 
     `width` is that of the network for which the learning rate was found. Matrices of another learn at this rate times
     the root of `width` over their own, so that an update changes what they do to a vector by as much at any width (its
@@ -126,11 +126,10 @@ class Muon(Optimizer):
             updates = orthogonal([whole(matrix) for matrix in ahead])
             own = [local(share(update, like)) for update, like in zip(updates, parameters, strict=True)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            narrow = min(parameters[0].shape)
             for update, parameter in zip(own, parameters, strict=True):
                 rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))  # its entries are then as large as AdamW's
                 if self.width is not None:
-                    rate *= math.sqrt(self.width / narrow)
+                    rate *= math.sqrt(self.width / min(parameter.shape))
                 local(parameter).add_(update, alpha=-rate)
 
 
@@ -185,14 +184,10 @@ def is_tall(x: Tensor) -> bool:
 
 def polynomial(gram: Tensor, steps: int) -> Tensor:
     """What so many steps multiply X by, (N, D, D), from G (N, D, D)."""
-    product = gram
+    product = A * torch.eye(gram.size(1), dtype=gram.dtype, device=gram.device)
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # a step multiplies by A I + this
-        if step:
-            product = torch.baddbmm(product, factor, product, beta=A)
-        else:
-            product = factor.clone()
-            product.diagonal(dim1=1, dim2=2).add_(A)
+        product = torch.baddbmm(product, factor, product, beta=A) if step else factor + product
         if step < steps - 1:
             half = torch.baddbmm(gram, factor, gram, beta=A)
             gram = torch.baddbmm(half, half, factor, beta=A)

@@ -164,3 +164,19 @@ def test_windows_too_few_for_a_step_are_refused_with_the_remedies(text_file: Pat
     data.setup()
     with pytest.raises(ValueError, match=r"takes 500 windows .* has 442: lower data.batch_size"):
         data.order()
+
+
+def test_a_task_may_still_say_how_batches_are_moved(text_file):
+    moved = []
+
+    class Task(Recorder):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            moved.append(device.type)
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        use_distributed_sampler=False, limit_val_batches=0, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Task(), module([text_file]))
+    assert moved == ["cpu", "cpu"]

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from gptlab.attention import products
 from gptlab.cache import KVCache
 from gptlab.losses import document_layout
 from gptlab.model import GPT, GPTConfig, ResidualLinear
@@ -486,3 +488,20 @@ def test_a_package_can_be_trusted():
 def test_a_name_that_is_no_module_is_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
         GPT(small(attention=name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"n_kv_head": 2}, GPT2], ids=["own", "gpt2"])
+def test_compiled_for_a_cpu_logits_and_gradients_are_those_of_eager(changes, monkeypatch):
+    """Other formulas for attention, MLPs and biases, and in float64 nothing is lost by them."""
+    monkeypatch.setattr("gptlab.attention.products", partial(products, block=6))
+    model = build(**changes, n_layer=1)
+    tokens = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(1))
+
+    def found(network) -> list[Tensor]:
+        logits = network(tokens)
+        direction = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+        return [logits, *torch.autograd.grad((logits * direction).sum(), list(model.parameters()))]
+
+    for compiled, eager in zip(found(torch.compile(model)), found(model), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-11)

@@ -196,7 +196,7 @@ def test_matrices_of_several_shapes_go_together_and_come_back_as_they_were_alone
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_rounding_does_not_grow_where_singular_values_are_far_apart(monkeypatch, power):
-    """Those of gradients fall like these; a long matrix goes the short way, in bfloat16 as anywhere."""
+    """Those of gradients fall like these."""
     monkeypatch.setattr("gptlab.optim.computes_in_bf16", lambda device: True)
     torch.manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(128, 320, dtype=torch.float64), full_matrices=False)

@@ -252,8 +252,10 @@ def epochs_of(loader: WindowLoader, n: int) -> list[list[int]]:
     return batches
 
 
-def test_resumed_from_every_position(token_file):
-    """As of an uninterrupted run, also at and across the end of an epoch."""
+@pytest.mark.parametrize("read_ahead", [1, 24, 48, 2**16])
+def test_resumed_from_every_position(token_file, monkeypatch, read_ahead):
+    """As of an uninterrupted run, also at and across the end of an epoch, however many batches are read ahead."""
+    monkeypatch.setattr("gptlab.data.windows.READ_AHEAD", read_ahead)
     tokens = token_file(60)
     loader = make_loader(tokens)
     whole = epochs_of(loader, 3)
@@ -299,6 +301,19 @@ def test_setting_the_epoch_it_is_in_keeps_the_position():
 def test_workers_give_the_same_batches(token_file):
     tokens = token_file(60)
     assert firsts(make_loader(tokens, num_workers=2)) == firsts(make_loader(tokens))
+
+
+@pytest.mark.parametrize("read_ahead", [1, 24, 2**16])
+def test_read_ahead_a_validation_split_is_what_it_is_window_by_window(token_file, monkeypatch, read_ahead):
+    """With its partial last window, and a batch that is filled up."""
+    monkeypatch.setattr("gptlab.data.windows.READ_AHEAD", read_ahead)
+    windows = WindowDataset(token_file(60), block_size=4, stride=4, keep_tail=True)
+    found = list(WindowLoader(windows, ScoringOrder(len(windows), 4), num_workers=0, pin_memory=False))
+    assert [len(batch["tokens"]) for batch in found] == [4] * len(found)
+    for name in ("tokens", "targets", "loss_mask"):
+        rows = torch.cat([batch[name] for batch in found])
+        for index, row in enumerate(rows):
+            assert torch.equal(row, windows[index if index < len(windows) else -1][name])
 
 
 def test_what_is_fetched_ahead_is_not_done(token_file):

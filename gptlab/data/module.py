@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gptlab.data.changes import files_that_differ
 from gptlab.data.corpus import Files, Source
@@ -120,7 +121,10 @@ class TextDataModule(LightningDataModule):
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's, but that nothing is looked through where there is nowhere to go."""
+        """Lightning's, or the task's own, but that nothing is looked through where there is nowhere to go."""
+        task = self.trainer.lightning_module if self.trainer is not None else None
+        if is_overridden("transfer_batch_to_device", task, parent=LightningModule):
+            return task.transfer_batch_to_device(batch, device, dataloader_idx)
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def identity(self, trainer: Trainer) -> dict[str, Any]:

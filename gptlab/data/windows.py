@@ -17,7 +17,7 @@ from gptlab.data.tokens import Prepared, TokenFile
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
-READ_AHEAD = 2**16  # tokens gathered at a time, as many batches as that is: half a MiB
+READ_AHEAD = 2**16  # tokens gathered at a time, as many batches as that is: half a MiB, and a mask
 
 
 def window_count(tokens: int, block_size: int, stride: int) -> int:
@@ -189,8 +189,9 @@ class WindowLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """As torch's, but that a single process gathers several batches at a time: each time it comes back from a step
-        its code is cold, and takes ten times as long."""
+        """As torch's, but that a single process gathers several batches at a time: after a step the loader's code has
+        left the processor's caches, and takes ten times as long. So a window may depend on its index alone.
+        """
         if self.num_workers or self.pin_memory:
             return super().__iter__()
         return self._read_ahead(max(1, READ_AHEAD // (self.order.batch_size * self.dataset.block_size)))
