@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from gptlab.machine import keep_freed_memory
 from gptlab.model import GPT, GPTConfig
 from gptlab.optim import Muon, parameter_groups
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as in training
     n_layer, n_head, n_embd = SIZES[arguments.size]
     config = GPTConfig(vocab_size=4096, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     rounds = [

@@ -372,7 +372,7 @@ def test_a_run_compiled_by_inductor_is_that_without(train, tmp_path):
     for run, options in (("plain", ()), ("eager", EMA), ("compiled", EMA)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        more = (*options, "trainer.max_steps=9", "validation.every_steps=2", "optimizer.lr=0.02")
+        more = (*options, "trainer.max_steps=9", "validation.every_steps=2", "optimizer=adamw", "optimizer.lr=0.02")
         assert train(tmp_path / run, *more, f"compile={'false' if run == 'eager' else 'true'}") == 0
         losses.append([entry["val_loss"] for entry in result(tmp_path / run)["history"]])
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
