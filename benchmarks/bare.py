@@ -72,7 +72,7 @@ def task_step(
     """
     if deterministic:
         keep_freed_memory()
-        set_compiler(device)
+        set_compiler(calls_in_cpp=device == "cpu")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     schedule = partial(constant, warmup_steps=0)

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_throughput import SHAPES, VOCABULARY, gptlab_keys
 from turns import default_device, letters, machine, markdown, run_gptlab
 
+from gptlab.machine import set_compiler
 from gptlab.model import GPTConfig
 
 KINDS = {  # of operations; the first that fits
@@ -55,7 +56,7 @@ def operations(shape: str, style: str, steps: int, device: str) -> list[tuple[st
         VOCABULARY, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, **STYLES[style]
     )
     _, step = task_step(config, batch_size, device, deterministic=True)
-    torch._inductor.config.cpp_wrapper = False  # of what C++ calls, the profiler sees nothing
+    set_compiler(calls_in_cpp=False)  # of which the profiler sees nothing
     for _ in range(5):
         step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]

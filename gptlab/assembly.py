@@ -137,7 +137,8 @@ def import_compiler(cfg: dict[str, Any]) -> None:
             valid_vec_isa_list()
 
     device = device_type(cfg["trainer"]["accelerator"])
-    set_compiler(device)
+    is_watched = cfg["trainer"]["profiler"] == "pytorch"  # which sees nothing of what C++ calls
+    set_compiler(calls_in_cpp=device == "cpu" and not is_watched)
     if device == "cpu":
         threading.Thread(target=probe, daemon=True).start()
 

@@ -25,18 +25,17 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def set_compiler(device: str) -> None:
+def set_compiler(calls_in_cpp: bool) -> None:
     """Let the compiler find graphs again that have gradients of their own (activations, attention, losses).
 
-    For a CPU it writes the calls of its kernels in C++ too: Python takes 20 to 50 µs between two.
+    `calls_in_cpp`: it writes the calls of its kernels in C++ too, for a CPU; Python takes 20 to 50 µs between two.
     """
     from torch._functorch import config as cache  # here, because both take a while
     from torch._inductor import config
 
     if hasattr(cache, "autograd_cache_allow_custom_autograd_functions"):
         cache.autograd_cache_allow_custom_autograd_functions = True
-    if device == "cpu":
-        config.cpp_wrapper = True
+    config.cpp_wrapper = calls_in_cpp
 
 
 def peak_rss_mb() -> float:

@@ -15,6 +15,12 @@ def test_a_profiler_leaves_its_table(word, shown, train, tmp_path):
     assert not list((tmp_path / "run").glob("*validation_step*"))
 
 
+@pytest.mark.slow
+def test_the_products_of_a_compiled_step_are_seen(train, tmp_path):
+    assert train(tmp_path / "run", "trainer.profiler=pytorch", "trainer.max_steps=8", "compile=true") == 0
+    assert "aten::mm " in (tmp_path / "run/fit-profile.txt").read_text()
+
+
 def test_a_run_too_short_to_be_profiled_still_ends_well(train, tmp_path):
     assert train(tmp_path / "run", "trainer.profiler=pytorch", "trainer.max_steps=1") == 0
 
