@@ -2,10 +2,10 @@
 
 Two tables. The GPT-2 style network (LayerNorm, learned positions, GELU, biases) in a plain eager float32 loop (of
 gptlab's network, with torch's own attention, loss and fused AdamW), then with bf16, with `torch.compile`, with gptlab's
-attention and loss, with memory kept and the order of adding up that lets runs repeat, and in `python -m gptlab.train`
-itself: what the frame costs is between the last two. The Llama style one (RMSNorm, rotary positions, SwiGLU) in
-transformers' Trainer and LitGPT's loop, by their defaults and at their best. Batch, vocabulary and parameters are the
-same for all.
+attention, MLPs and loss, with memory kept, kernels called from C++ and the order of adding up that lets runs repeat,
+and in `python -m gptlab.train` itself: what the frame costs is between the last two. The Llama style one (RMSNorm,
+rotary positions, SwiGLU) in transformers' Trainer and LitGPT's loop, by their defaults and at their best. Batch,
+vocabulary and parameters are the same for all.
 
 Each contender is a process of its own, and all take turns; the figure of a round is the median over intervals of ten
 steps, the table's that over rounds, and ratios are taken within a round. FLOPs are 6 N + 12 L H E T a token
@@ -131,8 +131,8 @@ def contenders(task: dict[str, Any], peers: list[str], folder: Path) -> dict[str
             "eager float32 loop": bare("eager"),
             "+ bf16 autocast": bare("bf16"),
             "+ `torch.compile`": bare("compiled"),
-            "+ gptlab's attention and loss": bare("task"),
-            "+ memory kept, repeats bit for bit": bare("exact"),
+            "+ gptlab's attention, MLPs and loss": bare("task"),
+            "+ memory kept, calls from C++, repeats bit for bit": bare("exact"),
         }
         return ways | own | {"`gptlab.train callbacks=ema`": lambda: by_gptlab(folder, task, "callbacks=ema")}
     ways = {f"{name}, {word}": peer(name, best) for name in peers for word, best in (("defaults", 0), ("best", 1))}
