@@ -93,6 +93,13 @@ def test_dropout_of_products_leaves_the_mean_as_it_is():
         torch.testing.assert_close(mean, attention.products(q, k, v, 0.0), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize(("tiles", "dtype", "queries"), [(1, "bfloat16", 128), (1, "float32", 64), (0, "bfloat16", 64)])
+def test_more_queries_go_at_a_time_where_the_processor_multiplies_tiles(monkeypatch, tiles, dtype, queries):
+    monkeypatch.setattr(attention, "HAS_TILES", bool(tiles))
+    monkeypatch.setattr(attention.Products, "apply", lambda q, k, v, dropout, block: block)
+    assert attention.products(*inputs(2, 2, 4, getattr(torch, dtype)), 0.0) == queries
+
+
 def test_a_compiled_network_on_a_cpu_takes_products_up_to_a_length(monkeypatch):
     taken = []
     real = attention.products
