@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peers.clock import Clock, given, report
 from torch import Tensor
 
-from gptlab import activations
+from gptlab import formulas
 from gptlab.cost import computes_in_bf16
 from gptlab.machine import keep_freed_memory, set_compiler
 from gptlab.model import GPT, GPTConfig
@@ -41,7 +41,7 @@ def plain_step(
     """A network and its step, which gives the loss: cross-entropy of all logits, clipping, fused AdamW."""
     model = GPT(config).to(device)
     optimizer = adamw(parameter_groups(model))
-    activations.OWN_FORMULAS = False  # torch's own kernels, as anybody would call them
+    formulas.OWN_FORMULAS = False  # torch's own kernels, as anybody would call them
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())

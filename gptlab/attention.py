@@ -3,13 +3,14 @@
 Shapes: B batch, H heads, K key/value heads, T queries, S keys, E head width.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlab.activations import compiled_for_cpu, wide
+from gptlab.formulas import compiled_for_cpu, wide
 
 # Up to so many tokens a CPU's own matrix products, with a compiled softmax between them, beat the kernel that never
 # holds the scores (benchmarks/attention.py); beyond, its memory is the lesser evil.
@@ -55,13 +56,14 @@ class Products(torch.autograd.Function):
         rows, kept = [], []
         for start in range(0, T, block):
             stop = min(start + block, T)
-            scores = wide(q[:, :, start:stop] @ k[:, :, :stop].mT) * scale
+            keys, values = (x[:, :, :stop].contiguous() for x in (k, v))  # here, where the compiler does it
+            scores = wide(q[:, :, start:stop] @ keys.mT) * scale
             ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
             scores = scores.masked_fill(ahead, -torch.inf)
             powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
             total, powers = powers.sum(dim=-1, keepdim=True), powers.to(v.dtype)
             counted = F.dropout(powers, dropout)
-            rows.append((wide(counted @ v[:, :, :stop]) / total).to(v.dtype))
+            rows.append((wide(counted @ values) / total).to(v.dtype))
             kept += [total, powers, counted]
         ctx.block = block
         ctx.save_for_backward(q, k, v, *kept)
@@ -71,16 +73,20 @@ class Products(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         T, scale, block = q.size(2), q.size(3) ** -0.5, ctx.block
-        d_q, d_k, d_v = [], 0, 0
+        blocks = math.ceil(T / block)
+        d_q, d_k, d_v = [], [0] * blocks, [0] * blocks
         for number, start in enumerate(range(0, T, block)):
             stop = min(start + block, T)
             total, powers, counted = kept[3 * number : 3 * number + 3]
+            keys, values = (x[:, :, :stop].contiguous() for x in (k, v))
             d_y = gradient[:, :, start:stop]
-            d_weights = wide(counted) * wide(d_y @ v[:, :, :stop].mT)
+            d_weights = wide(counted) * wide(d_y @ values.mT)
             common = d_weights.sum(dim=-1, keepdim=True) / total  # or (d_y * y).sum(), but y is rounded
             d_scores = ((d_weights - wide(powers) * common) * (scale / total)).to(q.dtype)
-            d_q.append(d_scores @ k[:, :, :stop])
-            behind = (0, 0, 0, T - stop)  # no query of this block looks there
-            d_k = d_k + F.pad(d_scores.mT @ q[:, :, start:stop], behind)
-            d_v = d_v + F.pad(counted.mT @ (wide(d_y) / total).to(v.dtype), behind)
-        return torch.cat(d_q, dim=2), d_k, d_v, None, None
+            d_q.append(d_scores @ keys)
+            d_keys = (d_scores.mT @ q[:, :, start:stop]).split(block, dim=2)
+            d_values = (counted.mT @ (wide(d_y) / total).to(v.dtype)).split(block, dim=2)
+            for behind in range(number + 1):
+                d_k[behind] = d_k[behind] + d_keys[behind]
+                d_v[behind] = d_v[behind] + d_values[behind]
+        return *(torch.cat(parts, dim=2) for parts in (d_q, d_k, d_v)), None, None

@@ -123,7 +123,7 @@ def message_of(error: BaseException) -> str:
     error = root_of(error)
     if is_lost_rank(error):
         reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
-        who = ranks.lost_follower() or f"another rank has ended or cannot be reached ({reason})"
+        who = ranks.lost_follower(patience_s=2) or f"another rank has ended or cannot be reached ({reason})"
         return f"{who}; {ranks.go_on()}"
     is_ours = isinstance(error, ValueError | OSError | ArithmeticError | MissingRankError)
     return str(error) if is_ours else f"{type(error).__name__}: {error}"

@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
 
 
 def set_compiler(calls_in_cpp: bool) -> None:
-    """Let the compiler find graphs again that have gradients of their own (activations, attention, losses).
+    """Let the compiler find graphs again that have gradients of their own (formulas, attention, losses).
 
     `calls_in_cpp`: it writes the calls of its kernels in C++ too, for a CPU; Python takes 20 to 50 µs between two.
     """

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptlab.activations import compiled_for_cpu, gelu, swiglu, wide
 from gptlab.attention import attend
 from gptlab.cache import KVCache, LayerCache
+from gptlab.formulas import gelu, linear, swiglu
 from gptlab.names import load_class
 
 
@@ -113,13 +113,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """x W^T + b. Compiled for a CPU, b is added with what comes next: the product would begin by copying it."""
+    """x W^T + b."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None or not compiled_for_cpu(x):
-            return super().forward(x)
-        y = F.linear(x, self.weight)
-        return (wide(y) + self.bias).to(y.dtype)
+        return linear(x, self.weight, self.bias)
 
 
 class ResidualLinear(Linear):
@@ -165,10 +162,10 @@ class Attention(nn.Module):
         """Queries (B, H, T, E), keys and values (B, K, T, E), normalised and turned to their positions."""
         B, T, _ = x.shape
         q, k, v = (
-            self.qkv(x)
+            heads.transpose(1, 2)
+            for heads in self.qkv(x)
             .view(B, T, -1, self.head_width)
-            .transpose(1, 2)
-            .split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+            .split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

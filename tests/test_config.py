@@ -146,7 +146,7 @@ def test_version_and_help_as_commands(tmp_path):
 
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
-    0: "activations attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
+    0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth",
     1: "engine checkpoint run jobs data.changes data.corpus data.sources data.tokens data.windows",
     2: "strategies profilers data.module tasks.lm tasks.metrics "

@@ -22,6 +22,7 @@ from test_resume import assert_same_run, interrupted_at, weights
 from torch.distributed.device_mesh import init_device_mesh
 
 from gptlab import meeting, ranks
+from gptlab.doors import message_of
 from gptlab.model import GPT, GPTConfig
 from gptlab.sharding import split
 from gptlab.sharding import whole as whole_tensor
@@ -306,6 +307,16 @@ def test_a_split_network_in_bfloat16_validates_samples_and_goes_on_as_whole_copi
     part = interrupted_at(whole / "bf16-fsdp", 7, tmp_path / "part")
     assert door("train", f"resume={part}", cwd=whole).returncode == 0
     assert_same_run(whole / "bf16-fsdp", part)
+
+
+def test_a_lost_rank_is_named_though_its_connections_close_before_it_is_seen_to_have_ended(monkeypatch):
+    closed = RuntimeError("[pair.cc:547] Gloo: Connection closed by peer [127.0.0.1]:32994")
+    assert "another rank has ended or cannot be reached" in message_of(closed)
+    dies = "import os, signal, time; time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
+    follower = subprocess.Popen([sys.executable, "-c", dies])
+    monkeypatch.setattr(ranks, "_followers", [follower])
+    assert message_of(closed).startswith("local rank 1 was ended by SIGKILL; all ranks end; go on with resume=")
+    follower.wait()
 
 
 @pytest.mark.slow

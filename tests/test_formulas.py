@@ -1,0 +1,96 @@
+"""What is compiled for a CPU computes the same by other formulas, in value and in gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptlab import formulas
+from gptlab.formulas import gelu, linear, swiglu
+
+
+def plain_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def plain_swiglu(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+PAIRS = [(gelu, plain_gelu), (swiglu, plain_swiglu)]
+
+
+def value_and_gradient(function, x):
+    x = x.detach().requires_grad_()
+    y = function(x)
+    (gradient,) = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), x)
+    return y.detach(), gradient
+
+
+@pytest.mark.parametrize(("own", "plain"), PAIRS)
+def test_own_formulas_equal_torch_s(monkeypatch, own, plain):
+    """Far into both tails, where an exponential overflows and a tanh is 1 or -1."""
+    x = torch.cat((torch.linspace(-60, 60, 501), torch.linspace(-3, 3, 501))).double().view(3, 334)
+    expected = value_and_gradient(plain, x)
+    monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x: True)
+    for found, wanted in zip(value_and_gradient(own, x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("own", "plain"), PAIRS)
+def test_in_bf16_they_are_as_close_to_the_truth_as_torch_s(monkeypatch, own, plain):
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 3
+    rounded = x.bfloat16()
+    truth = value_and_gradient(plain, rounded.double())
+    of_torch = value_and_gradient(plain, rounded)
+    monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x: True)
+    for found, theirs, true in zip(value_and_gradient(own, rounded), of_torch, truth, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+
+
+@pytest.mark.parametrize(("own", "plain"), PAIRS)
+def test_a_compiler_for_a_cpu_gets_them_and_nobody_else(monkeypatch, own, plain):
+    asked = []
+    real = formulas.compiled_for_cpu
+    monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x: asked.append(real(x)) or asked[-1])
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(torch.compile(own, dynamic=False)(x), plain(x))
+    assert asked == [True]
+    assert torch.equal(own(x), plain(x))
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("K", "N"), [(8, 24), (24, 8)])
+def test_a_linear_layer_equals_torch_s_in_value_and_every_gradient(monkeypatch, K, N, bias):
+    torch.manual_seed(0)
+    x, weight, at, b = torch.randn(2, 5, K), torch.randn(N, K), torch.randn(2, 5, N), torch.randn(N)
+    given = [each.double().requires_grad_() for each in (x, weight, *([b] if bias else []))]
+    found = {}
+    for own in (False, True):
+        monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x, own=own: own)
+        y = linear(*given, *([] if bias else [None]))
+        found[own] = (y, *torch.autograd.grad(y, given, at.double()))
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        assert mine.is_contiguous()  # else autograd copies it
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_a_compiled_linear_layer_rounds_where_autocast_does():
+    """The product is rounded before the bias is added and after it, where torch rounds once: a quarter more off."""
+    torch.manual_seed(0)
+    given = [torch.randn(6, 16), torch.randn(32, 16), torch.randn(32)]
+    at = torch.randn(6, 32).bfloat16()
+
+    def all_of_it(function, dtype=torch.float32):
+        leaves = [each.detach().to(dtype).requires_grad_() for each in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = function(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, at.to(y.dtype)))
+
+    truth = all_of_it(F.linear, torch.float64)
+    plain, own = all_of_it(F.linear), all_of_it(torch.compile(linear, dynamic=False))
+    for found, theirs, true in zip(own, plain, truth, strict=True):
+        assert found.dtype == theirs.dtype
+        assert (found.double() - true).norm() <= 1.3 * (theirs.double() - true).norm()
