@@ -14,7 +14,9 @@ environments of their own below `GPTLAB_CACHE_DIR`, on top of this one, so that 
 """
 
 import argparse
+import csv
 import functools
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from bare import STYLES
+from peers.clock import EVERY
 from turns import (
     HERE,
     Rounds,
@@ -98,11 +101,15 @@ def gptlab_keys(task: dict[str, Any], text: Path) -> list[str]:
 
 
 def by_gptlab(folder: Path, task: dict[str, Any], *more: str) -> float:
-    """Median seconds of a step of the real command, from its result.json."""
-    result = run_gptlab(folder, *gptlab_keys(task, letters(folder)), *more)
+    """Median seconds of a step of the real command, from what it logs after its first steps, which do not count."""
+    longer = task | {"steps": EVERY + task["steps"]}
+    result = run_gptlab(folder, *gptlab_keys(longer, letters(folder)), *more)
     if result["params"] != task["parameters"]:
         raise ValueError(f"{result['params']:,} parameters, where the others have {task['parameters']:,}")
-    return task["batch_size"] * task["block_size"] / result["tokens_per_second"]
+    with open(Path(result["run_dir"], "metrics.csv"), newline="") as file:
+        logged = {int(row["step"]): row["train/tokens_per_second"] for row in csv.DictReader(file)}
+    rates = [float(rate) for step, rate in logged.items() if rate and step > EVERY]
+    return task["batch_size"] * task["block_size"] / statistics.median(rates)
 
 
 def matrix_product(device: str, size: int) -> float:
