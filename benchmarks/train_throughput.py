@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--style", choices=STYLES, nargs="*", default=list(STYLES))
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, "none"), default=list(PEERS))
-    parser.add_argument("--only", default="", help="only contenders in whose name this is")
+    parser.add_argument("--only", nargs="+", default=[""], help="only contenders in whose name one of these is")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
@@ -181,7 +181,7 @@ def main() -> None:
         task |= {"mlp_width": config.hidden_width, "parameters": count_parameters(model)[0]}
         with tempfile.TemporaryDirectory() as folder:
             ways = contenders(task, [name for name in arguments.peers if name != "none"], Path(folder))
-            ways = {name: run for name, run in ways.items() if arguments.only in name}
+            ways = {name: run for name, run in ways.items() if any(word in name for word in arguments.only)}
             ways |= {PEAK: lambda: matrix_product(arguments.device, size)}
             kept = arguments.kept and arguments.kept / f"{arguments.shape}-{style}.json"
             rounds = take_turns(ways, arguments.rounds, kept)

@@ -285,11 +285,18 @@ def test_another_machine_is_said_and_not_refused(train, tmp_path, capsys):
     path = run / "checkpoints/last.ckpt"
     state = torch.load(path, weights_only=True)
     state["gptlab"]["hardware"] |= {"processor": "an abacus", "threads": 99, "compiled": True, "ranks": 3}
+    state["gptlab"]["hardware"] |= {"torch": "1.0", "gptlab": "0.0.1"}  # other versions round otherwise
     checkpoint.save(state, path)
     assert train(run, f"resume={run}", "trainer.max_steps=3") == 0
     said = capsys.readouterr().out
     assert "not bit for bit: processor an abacus then" in said
-    for changed in ("threads 99 then", "ranks 3 then, 1 now", "compiled True then, False now"):
+    for changed in (
+        "threads 99 then",
+        "ranks 3 then, 1 now",
+        "compiled True then, False now",
+        "torch 1.0 then",
+        "gptlab 0.0.1",
+    ):
         assert changed in said
     assert train(run, f"resume={run}", "trainer.max_steps=4") == 0
     assert "not bit for bit" not in capsys.readouterr().out

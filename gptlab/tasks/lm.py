@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from gptlab import checkpoint
+from gptlab import __version__, checkpoint
 from gptlab.data.module import data_rank
 from gptlab.losses import document_layout, scored, summed_nll
 from gptlab.machine import hardware
@@ -224,7 +224,7 @@ class LMTask(LightningModule):
     def circumstances(self) -> dict[str, Any]:
         """All that a run goes on bit for bit on, where it stays the same."""
         found = hardware(self.device) | {"ranks": self.trainer.world_size, "compiled": self.compiled}
-        return found | {"precision": self.trainer.precision}
+        return found | {"precision": self.trainer.precision, "torch": torch.__version__, "gptlab": __version__}
 
     def on_train_start(self) -> None:
         then, now = self._circumstances_then, self.circumstances()
