@@ -224,7 +224,8 @@ class LMTask(LightningModule):
     def circumstances(self) -> dict[str, Any]:
         """All that a run goes on bit for bit on, where it stays the same."""
         found = hardware(self.device) | {"ranks": self.trainer.world_size, "compiled": self.compiled}
-        return found | {"precision": self.trainer.precision, "torch": torch.__version__, "gptlab": __version__}
+        versions = {"torch": str(torch.__version__), "gptlab": __version__}  # torch's own class of strings is not plain
+        return found | {"precision": self.trainer.precision} | versions
 
     def on_train_start(self) -> None:
         then, now = self._circumstances_then, self.circumstances()
