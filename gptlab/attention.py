@@ -56,7 +56,7 @@ class Products(torch.autograd.Function):
         rows, kept = [], []
         for start in range(0, T, block):
             stop = min(start + block, T)
-            keys, values = (x[:, :, :stop].contiguous() for x in (k, v))  # here, where the compiler does it
+            keys, values = (x[:, :, :stop].contiguous() for x in (k, v))  # a product copies them too, and slower
             scores = wide(q[:, :, start:stop] @ keys.mT) * scale
             ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
             scores = scores.masked_fill(ahead, -torch.inf)
@@ -78,7 +78,7 @@ class Products(torch.autograd.Function):
         for number, start in enumerate(range(0, T, block)):
             stop = min(start + block, T)
             total, powers, counted = kept[3 * number : 3 * number + 3]
-            keys, values = (x[:, :, :stop].contiguous() for x in (k, v))
+            keys, values = k[:, :, :stop], v[:, :, :stop]  # copied here, they would be kept since the forward pass
             d_y = gradient[:, :, start:stop]
             d_weights = wide(counted) * wide(d_y @ values.mT)
             common = d_weights.sum(dim=-1, keepdim=True) / total  # or (d_y * y).sum(), but y is rounded

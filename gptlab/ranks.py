@@ -97,18 +97,19 @@ _followers: list[subprocess.Popen] = []
 def lost_follower(patience_s: float = 0) -> str | None:
     """Which of the processes that this one has started has failed, and how; None where it has started none that did.
 
-    A process that ends closes its connections before anybody can see that it has ended: `patience_s` is the most to
-    wait for that.
+    A process that is killed closes its connections before anybody can see that it has ended: `patience_s` is the most
+    to wait for that. One that ends by itself meanwhile has lost the same rank as this one.
     """
-    deadline = time.monotonic() + patience_s
+    deadline, waited = time.monotonic() + patience_s, False
     while True:
         for local_rank, process in enumerate(_followers, start=1):
-            if code := process.poll():
+            if (code := process.poll()) and (code < 0 or not waited):
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with code {code}"
                 return f"local rank {local_rank} {how}"
         if not _followers or time.monotonic() >= deadline:
             return None
         time.sleep(0.05)
+        waited = True
 
 
 def watch_leader() -> None:
