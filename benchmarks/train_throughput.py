@@ -8,9 +8,9 @@ rotary positions, SwiGLU) in transformers' Trainer and LitGPT's loop, by their d
 vocabulary and parameters are the same for all.
 
 Each contender is a process of its own, and all take turns; the figure of a round is the median over intervals of ten
-steps, the table's that over rounds, and ratios are taken within a round. FLOPs are 6 N + 12 L H E T a token
-(gptlab/cost.py), and the share is of what a bf16 matrix product reached in the same rounds. Peers are installed into
-environments of their own below `GPTLAB_CACHE_DIR`, on top of this one, so that torch is the same.
+steps after the first ten, the table's that over rounds, and ratios are taken within a round. FLOPs are 6 N + 12 L H E T
+a token (gptlab/cost.py), and the share is of what a bf16 matrix product reached in the same rounds. Peers are installed
+into environments of their own below `GPTLAB_CACHE_DIR`, on top of this one, so that torch is the same.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from bare import STYLES
-from peers.clock import EVERY
+from peers.clock import EVERY, WARM
 from turns import (
     HERE,
     Rounds,
@@ -101,14 +101,15 @@ def gptlab_keys(task: dict[str, Any], text: Path) -> list[str]:
 
 
 def by_gptlab(folder: Path, task: dict[str, Any], *more: str) -> float:
-    """Median seconds of a step of the real command, from what it logs after its first steps, which do not count."""
-    longer = task | {"steps": EVERY + task["steps"]}
+    """Median seconds of a step of the real command, from what it logs after as many as count for nobody."""
+    longer = task | {"steps": WARM + task["steps"]}
     result = run_gptlab(folder, *gptlab_keys(longer, letters(folder)), *more)
     if result["params"] != task["parameters"]:
         raise ValueError(f"{result['params']:,} parameters, where the others have {task['parameters']:,}")
     with open(Path(result["run_dir"], "metrics.csv"), newline="") as file:
         logged = {int(row["step"]): row["train/tokens_per_second"] for row in csv.DictReader(file)}
-    rates = [float(rate) for step, rate in logged.items() if rate and step > EVERY]
+    whole = [step for step in logged if step > WARM and step % EVERY == 0] or [max(logged)]
+    rates = [float(logged[step]) for step in whole]
     return task["batch_size"] * task["block_size"] / statistics.median(rates)
 
 

@@ -123,14 +123,14 @@ def message_of(error: BaseException) -> str:
     error = root_of(error)
     if is_lost_rank(error):
         reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0].splitlines()[0]
-        who = ranks.lost_follower(patience_s=2) or f"another rank has ended or cannot be reached ({reason})"
+        who = ranks.wait_for_lost_follower(patience_s=2) or f"another rank has ended or cannot be reached ({reason})"
         return f"{who}; {ranks.go_on()}"
     is_ours = isinstance(error, ValueError | OSError | ArithmeticError | MissingRankError)
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
-def report(error: BaseException, before_first_step: bool) -> int:
-    """Say what went wrong and give the exit code."""
+def report(error: BaseException, before_first_step: bool, message: str | None = None) -> int:
+    """Say what went wrong, `message` where that is known already, and give the exit code."""
     if debugging():
         traceback.print_exception(error)
     explained = explain(error)
@@ -142,7 +142,7 @@ def report(error: BaseException, before_first_step: bool) -> int:
     if before_first_step and (explained or is_bad_input(error)):
         fail(explained or str(error))
         return BAD_INPUT
-    message = message_of(error)
+    message = message or message_of(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message += f"\nfree some space, then go on with resume={ranks.run_dir()}"
     fail(f"{message}\n(GPTLAB_DEBUG=1 shows where)")

@@ -51,9 +51,9 @@ A, B = 1.5957691216057308, 0.044715  # 2 sqrt(2 / pi), and the share of the cube
 class LinearByParts(torch.autograd.Function):
     """The bias is added by what comes next, since a product with a bias begins by copying it into every row.
 
-    Its gradient comes last: it then sums up what the products have read, rather than computing that once more, column
-    by column. The gradient of the weights is a product whose left matrix is transposed, which goes faster where that
-    is the wider of the two.
+    The bias's gradient comes last: the compiler then sums up what the products have read, rather than computing that
+    once more, column by column. That of the weights is a product whose left matrix is transposed, which goes faster
+    where that is the wider of the two.
     """
 
     @staticmethod
@@ -65,11 +65,14 @@ class LinearByParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, d_rows = x.flatten(0, -2), gradient.flatten(0, -2)
+        rows, d_rows = x.reshape(-1, x.size(-1)), gradient.reshape(-1, gradient.size(-1))
         d_x = (d_rows @ weight).view_as(x)
-        widens = weight.size(0) >= weight.size(1)
-        d_weight = d_rows.mT @ rows if widens else (rows.mT @ d_rows).mT.contiguous()
-        return d_x, d_weight, wide(d_rows).sum(dim=0) if ctx.needs_input_grad[2] else None
+        if weight.size(0) >= weight.size(1):
+            d_weight = d_rows.mT @ rows
+        else:
+            d_weight = (rows.mT @ d_rows).mT.contiguous()  # else autograd copies it
+        d_bias = wide(d_rows).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias
 
 
 class GELUBySigmoid(torch.autograd.Function):

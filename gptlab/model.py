@@ -161,7 +161,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E), normalised and turned to their positions."""
         B, T, _ = x.shape
-        q, k, v = (
+        q, k, v = (  # apart before they turn: their gradients are then joined as the product before reads them
             heads.transpose(1, 2)
             for heads in self.qkv(x)
             .view(B, T, -1, self.head_width)

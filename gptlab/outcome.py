@@ -74,7 +74,7 @@ class Outcome:
         elif error is not None:
             status, message = "failed", doors.message_of(error)
             log.debug("failed", exc_info=error)  # the traceback, for train.log alone
-            self.exit_code = doors.report(error, before_first_step=not self.has_stepped)
+            self.exit_code = doors.report(error, not self.has_stepped, message)
         try:
             if ranks.is_first():
                 self._leave(status, message)

@@ -94,22 +94,25 @@ def watch_followers(followers: Sequence[subprocess.Popen]) -> None:
 _followers: list[subprocess.Popen] = []
 
 
-def lost_follower(patience_s: float = 0) -> str | None:
-    """Which of the processes that this one has started has failed, and how; None where it has started none that did.
+def lost_follower(only_killed: bool = False) -> str | None:
+    """Which of the processes that this one has started has failed, and how; None where it has started none that did."""
+    for local_rank, process in enumerate(_followers, start=1):
+        if (code := process.poll()) and (code < 0 or not only_killed):
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with code {code}"
+            return f"local rank {local_rank} {how}"
+    return None
 
-    A process that is killed closes its connections before anybody can see that it has ended: `patience_s` is the most
-    to wait for that. One that ends by itself meanwhile has lost the same rank as this one.
+
+def wait_for_lost_follower(patience_s: float) -> str | None:
+    """`lost_follower`, for one that closed its connections as it was killed, and is not seen to have ended yet.
+
+    One that ends by itself meanwhile has lost the same rank as this one, and is not named for it.
     """
-    deadline, waited = time.monotonic() + patience_s, False
-    while True:
-        for local_rank, process in enumerate(_followers, start=1):
-            if (code := process.poll()) and (code < 0 or not waited):
-                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with code {code}"
-                return f"local rank {local_rank} {how}"
-        if not _followers or time.monotonic() >= deadline:
-            return None
+    lost, deadline = lost_follower(), time.monotonic() + patience_s
+    while not lost and _followers and time.monotonic() < deadline:
         time.sleep(0.05)
-        waited = True
+        lost = lost_follower(only_killed=True)
+    return lost
 
 
 def watch_leader() -> None:

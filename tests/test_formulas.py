@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 
 from gptlab import formulas
 from gptlab.formulas import gelu, linear, swiglu
@@ -77,7 +78,26 @@ def test_a_linear_layer_equals_torch_s_in_value_and_every_gradient(monkeypatch, 
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_a_compiled_linear_layer_rounds_where_autocast_does():
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiler_for_a_cpu_gets_linear_layers_by_parts(bias):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return aot_eager(graph, inputs)
+
+    weight, b = torch.randn(4, 8), torch.randn(4) if bias else None
+    for x in (torch.randn(8), torch.randn(2, 3, 8)):
+        given = [each.clone().requires_grad_() for each in (x, weight)]
+        found, wanted = torch.compile(linear, backend=backend, dynamic=False)(*given, b), F.linear(*given, b)
+        assert graphs.pop()[0] == "autograd_function_apply"  # and so no linear layer of torch
+        torch.testing.assert_close(found, wanted)
+        of_found, of_wanted = (torch.autograd.grad(y.square().sum(), given) for y in (found, wanted))
+        torch.testing.assert_close(of_found, of_wanted)
+        assert torch.equal(linear(x, weight, b), F.linear(x, weight, b))
+
+
+def test_a_compiled_linear_layer_is_about_as_close_to_the_truth_as_autocast():
     """The product is rounded before the bias is added and after it, where torch rounds once: a quarter more off."""
     torch.manual_seed(0)
     given = [torch.randn(6, 16), torch.randn(32, 16), torch.randn(32)]

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import torch
 
-WARM = 5  # steps that do not count: compilation, first allocations
 EVERY = 10  # steps between two looks at the clock, as many as between gptlab's; on a GPU a look waits for the device
+WARM = EVERY  # steps that do not count: compilation, first allocations
 
 
 class Clock:
