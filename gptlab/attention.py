@@ -15,6 +15,7 @@ from gptlab.formulas import compiled_for_cpu, wide
 # Up to so many tokens a CPU's own matrix products, with a compiled softmax between them, beat the kernel that never
 # holds the scores (benchmarks/attention.py); beyond, its memory is the lesser evil.
 PRODUCTS_UP_TO = 1024
+POSITIONS = torch.arange(2.0**15)  # to be read: computed for every score, they take as long as the softmax
 HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # of bf16 matrices
 
 
@@ -54,14 +55,16 @@ class Products(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int) -> Tensor:
         T, scale = q.size(2), q.size(3) ** -0.5
         rows, kept = [], []
+        positions = POSITIONS[:T]
         for start in range(0, T, block):
             stop = min(start + block, T)
             keys, values = (x[:, :, :stop].contiguous() for x in (k, v))  # a product copies them too, and slower
             scores = wide(q[:, :, start:stop] @ keys.mT) * scale
-            ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
+            ahead = positions[:stop] > positions[start:stop, None]
             scores = scores.masked_fill(ahead, -torch.inf)
             powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-            total, powers = powers.sum(dim=-1, keepdim=True), powers.to(v.dtype)
+            total = powers.masked_fill(ahead, 0).sum(dim=-1, keepdim=True)  # zeros anyhow, but so in the same loop
+            powers = powers.to(v.dtype)
             counted = F.dropout(powers, dropout)
             rows.append((wide(counted @ values) / total).to(v.dtype))
             kept += [total, powers, counted]

@@ -40,6 +40,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def keep(x: Tensor) -> Tensor:
+    """x, which a compiler then keeps for the backward pass: it would compute it again, were it not split off."""
+    return x.split((x.size(-1),), dim=-1)[0]
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32, or more where it has more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -76,33 +81,38 @@ class LinearByParts(torch.autograd.Function):
 
 
 class GELUBySigmoid(torch.autograd.Function):
-    """x (1 + tanh(u)) / 2 = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """x (1 + tanh(u)) / 2 = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    Its slope is found while the sigmoid is there, and kept in place of x: an exponential takes longer than memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
         w = wide(x)
-        return (w * torch.sigmoid(A * (w + B * w * w * w))).to(x.dtype)
+        square = w * w
+        s = torch.sigmoid(w * (A + A * B * square))
+        y = w * s
+        ctx.save_for_backward(keep((s + y * (1 - s) * (A + 3 * A * B * square)).to(x.dtype)))
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        w = wide(x)
-        s = torch.sigmoid(A * (w + B * w * w * w))
-        slope = s + w * s * (1 - s) * (A + 3 * A * B * w * w)
-        return (wide(gradient) * slope).to(x.dtype)
+        (slope,) = ctx.saved_tensors
+        return (wide(gradient) * wide(slope)).to(slope.dtype)
 
 
 class SwiGLUOfOne(torch.autograd.Function):
+    """As above: the slopes by gate and up, side by side, are kept in their place."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
-        return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+        s = torch.sigmoid(gate)
+        slopes = (up * s * (1 + gate * (1 - s)), gate * s)
+        ctx.save_for_backward(*(keep(slope.to(gate_up.dtype)) for slope in slopes))
+        return (gate * s * up).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = (wide(half) for half in gate_up.chunk(2, dim=-1))
-        s, d = torch.sigmoid(gate), wide(gradient)
-        return torch.cat((d * up * s * (1 + gate * (1 - s)), d * gate * s), dim=-1).to(gate_up.dtype)
+        slopes = ctx.saved_tensors
+        return torch.cat([wide(gradient) * wide(slope) for slope in slopes], dim=-1).to(gradient.dtype)

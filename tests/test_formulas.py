@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 from gptlab import formulas
 from gptlab.formulas import gelu, linear, swiglu
@@ -39,15 +40,27 @@ def test_own_formulas_equal_torch_s(monkeypatch, own, plain):
 
 
 @pytest.mark.parametrize(("own", "plain"), PAIRS)
-def test_in_bf16_they_are_as_close_to_the_truth_as_torch_s(monkeypatch, own, plain):
+def test_in_bf16_they_are_about_as_close_to_the_truth_as_torch_s(monkeypatch, own, plain):
+    """A slope is rounded to be kept, and its product with the gradient once more: a sixth more off."""
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 3
     rounded = x.bfloat16()
     truth = value_and_gradient(plain, rounded.double())
     of_torch = value_and_gradient(plain, rounded)
     monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x: True)
-    for found, theirs, true in zip(value_and_gradient(own, rounded), of_torch, truth, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert (found.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+    found = value_and_gradient(own, rounded)
+    for mine, theirs, true, at_most in zip(found, of_torch, truth, (1.1, 1.3), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - true).norm() <= at_most * (theirs.double() - true).norm()
+
+
+@pytest.mark.parametrize(("own", "plain"), PAIRS)
+def test_no_exponential_is_left_to_the_backward_pass(own, plain):
+    """A compiler would compute slopes again rather than keep them, were they not split off."""
+    x = torch.randn(64, 64).bfloat16().requires_grad_()
+    y, code = run_fw_bw_and_get_code(lambda: torch.compile(own, dynamic=False)(x))
+    forward, backward = code
+    assert "exp(" in forward
+    assert "exp(" not in backward
 
 
 @pytest.mark.parametrize(("own", "plain"), PAIRS)
