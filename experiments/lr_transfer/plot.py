@@ -66,12 +66,12 @@ def main() -> None:
         for rule in rules:
             found[line["data"], rule, int(line["width"])][float(line["lr"])].append(float(line["val_loss"]))
     curves = {key: {lr: mean(losses) for lr, losses in sorted(curve.items())} for key, curve in found.items()}
-    corpora = sorted({key[0] for key in curves})
+    corpora, widths = (sorted({key[place] for key in curves}) for place in (0, 2))
     figure, axes = plt.subplots(len(RULES), len(corpora), figsize=(9, 6), sharex=True, sharey="col", squeeze=False)
     for line, rule in zip(axes, RULES, strict=True):
         for axis, data in zip(line, corpora, strict=True):
             for width in sorted(key[2] for key in curves if key[:2] == (data, rule)):
-                curve, colour = curves[data, rule, width], f"C{width.bit_length() - 7}"
+                curve, colour = curves[data, rule, width], f"C{widths.index(width)}"
                 axis.plot(list(curve), list(curve.values()), "o-", color=colour, label=f"{width} wide", ms=3)
                 if len(curve) > 2:
                     axis.axvline(best(curve), color=colour, alpha=0.4, ls="--")
