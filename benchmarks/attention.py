@@ -61,6 +61,7 @@ def main() -> None:
     keep_freed_memory()  # as in training
     print(f"{arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in arguments.shape:
+        torch.compiler.reset()  # after eight versions of one function it would compile no more
         T = SHAPES[name][2]
         contenders = {"kernel": kernel}
         contenders |= {f"products by {T // n}": products_by(T // n) for n in (1, 2, 4, 8) if T // n >= 32}

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gptlab.formulas import compiled_for_cpu, wide
 
 # Up to so many tokens a CPU's own matrix products, with a compiled softmax between them, beat the kernel that never
 # holds the scores (benchmarks/attention.py); beyond, its memory is the lesser evil.
 PRODUCTS_UP_TO = 1024
-POSITIONS = torch.arange(2.0**15)  # to be read: computed for every score, they take as long as the softmax
+# To be read: a kernel would compute them for every score, which takes as long as the softmax; as wide as the scores.
+POSITIONS = torch.arange(2**15, dtype=torch.float32, device="cpu")
 HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # of bf16 matrices
 
 
@@ -35,13 +37,13 @@ def attend(
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int | None = None) -> Tensor:
-    """Causal attention of T queries to T keys, by matrix products in the type of `q` and a softmax in float32.
+    """Causal attention of T queries to T keys on a CPU, by matrix products in the type of `q`; its softmax is float32.
 
     `block` queries at a time: no scores are computed for the keys behind the last of them. Fewer leave out more, and
     take more calls, which cost more than that where the processor multiplies tiles.
     """
     if block is None:
-        block = 128 if HAS_TILES and q.dtype == torch.bfloat16 else 64
+        block = 256 if HAS_TILES and q.dtype == torch.bfloat16 else 64
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return Products.apply(q, k, v, dropout, block)
 
@@ -55,12 +57,12 @@ class Products(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, block: int) -> Tensor:
         T, scale = q.size(2), q.size(3) ** -0.5
         rows, kept = [], []
-        positions = POSITIONS[:T]
+        assert len(POSITIONS) >= T
         for start in range(0, T, block):
             stop = min(start + block, T)
             keys, values = (x[:, :, :stop].contiguous() for x in (k, v))  # a product copies them too, and slower
             scores = wide(q[:, :, start:stop] @ keys.mT) * scale
-            ahead = positions[:stop] > positions[start:stop, None]
+            ahead = POSITIONS[:stop] > POSITIONS[start:stop, None]
             scores = scores.masked_fill(ahead, -torch.inf)
             powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
             total = powers.masked_fill(ahead, 0).sum(dim=-1, keepdim=True)  # zeros anyhow, but so in the same loop
@@ -73,6 +75,7 @@ class Products(torch.autograd.Function):
         return torch.cat(rows, dim=2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         T, scale, block = q.size(2), q.size(3) ** -0.5, ctx.block

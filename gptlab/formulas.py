@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 OWN_FORMULAS = True  # where they pay: in what is compiled for a CPU
 
@@ -41,7 +42,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def keep(x: Tensor) -> Tensor:
-    """x, which a compiler then keeps for the backward pass: it would compute it again, were it not split off."""
+    """x, which a compiler then keeps for the backward pass rather than compute it again.
+
+    It computes again what is on a list of its own, on which all arithmetic is, and `split`, but not this: one split by
+    sizes, of one size. Where that changes, all is still right, and slower.
+    """
     return x.split((x.size(-1),), dim=-1)[0]
 
 
@@ -96,13 +101,14 @@ class GELUBySigmoid(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         return (wide(gradient) * wide(slope)).to(slope.dtype)
 
 
 class SwiGLUOfOne(torch.autograd.Function):
-    """As above: the slopes by gate and up, side by side, are kept in their place."""
+    """Of gate and up, side by side; as above, both slopes are kept in their place."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -113,6 +119,7 @@ class SwiGLUOfOne(torch.autograd.Function):
         return (gate * s * up).to(gate_up.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         slopes = ctx.saved_tensors
-        return torch.cat([wide(gradient) * wide(slope) for slope in slopes], dim=-1).to(gradient.dtype)
+        return torch.cat([wide(gradient) * wide(slope) for slope in slopes], dim=-1).to(slopes[0].dtype)

@@ -93,7 +93,7 @@ def test_dropout_of_products_leaves_the_mean_as_it_is():
         torch.testing.assert_close(mean, attention.products(q, k, v, 0.0), rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize(("tiles", "dtype", "queries"), [(1, "bfloat16", 128), (1, "float32", 64), (0, "bfloat16", 64)])
+@pytest.mark.parametrize(("tiles", "dtype", "queries"), [(1, "bfloat16", 256), (1, "float32", 64), (0, "bfloat16", 64)])
 def test_more_queries_go_at_a_time_where_the_processor_multiplies_tiles(monkeypatch, tiles, dtype, queries):
     monkeypatch.setattr(attention, "HAS_TILES", bool(tiles))
     monkeypatch.setattr(attention.Products, "apply", lambda q, k, v, dropout, block: block)
@@ -114,3 +114,21 @@ def test_a_compiled_network_on_a_cpu_takes_products_up_to_a_length(monkeypatch):
     longer = inputs(2, 2, 17, torch.float32)
     torch.compile(attention.attend, dynamic=False)(*longer, causal=True)
     assert not taken
+
+
+def test_compiled_products_equal_the_kernel_in_value_and_gradient_beyond_a_block(monkeypatch):
+    """And each block's softmax is one loop, whose float32 stays in a buffer of its own: of torch as it is pinned."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    monkeypatch.setattr(attention, "HAS_TILES", True)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in inputs(2, 1, 300)]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    with torch._inductor.config.patch(cpp_wrapper=False):
+        y, (forward, _) = run_fw_bw_and_get_code(
+            lambda: torch.compile(attention.attend, dynamic=False)(*rounded, causal=True)
+        )
+    assert "local_buffer" in forward
+    of_kernel = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    true = (of_kernel, *torch.autograd.grad(of_kernel.sum(), exact))
+    for mine, theirs in zip((y, *(x.grad for x in rounded)), true, strict=True):
+        assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
-from torch._inductor.utils import run_fw_bw_and_get_code
 
 from gptlab import formulas
-from gptlab.formulas import gelu, linear, swiglu
+from gptlab.attention import Products
+from gptlab.formulas import GELUBySigmoid, SwiGLUOfOne, gelu, linear, swiglu
+from gptlab.losses import SummedNLL
 
 
 def plain_gelu(x):
@@ -25,7 +26,8 @@ PAIRS = [(gelu, plain_gelu), (swiglu, plain_swiglu)]
 def value_and_gradient(function, x):
     x = x.detach().requires_grad_()
     y = function(x)
-    (gradient,) = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), x)
+    direction = torch.linspace(-1, 1, y.numel()).bfloat16().to(y.dtype)  # the same numbers in any type
+    (gradient,) = torch.autograd.grad((y * direction.view_as(y)).sum(), x)
     return y.detach(), gradient
 
 
@@ -41,24 +43,45 @@ def test_own_formulas_equal_torch_s(monkeypatch, own, plain):
 
 @pytest.mark.parametrize(("own", "plain"), PAIRS)
 def test_in_bf16_they_are_about_as_close_to_the_truth_as_torch_s(monkeypatch, own, plain):
-    """A slope is rounded to be kept, and its product with the gradient once more: a sixth more off."""
+    """A slope is rounded to be kept, its product with the gradient once more: GELU's is 0.24 % off, torch's 0.15."""
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 3
     rounded = x.bfloat16()
     truth = value_and_gradient(plain, rounded.double())
     of_torch = value_and_gradient(plain, rounded)
     monkeypatch.setattr(formulas, "compiled_for_cpu", lambda x: True)
     found = value_and_gradient(own, rounded)
-    for mine, theirs, true, at_most in zip(found, of_torch, truth, (1.1, 1.3), strict=True):
+    for mine, theirs, true, at_most in zip(found, of_torch, truth, (1.1, 1.9), strict=True):
         assert mine.dtype == torch.bfloat16
         assert (mine.double() - true).norm() <= at_most * (theirs.double() - true).norm()
+        assert (mine.double() - true).norm() <= 2**-8 * true.norm()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: GELUBySigmoid.apply(x),
+        lambda x: SwiGLUOfOne.apply(x),
+        lambda x: Products.apply(x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), 0.0, 4),
+        lambda x: SummedNLL.apply(x, torch.ones(3, 8), torch.arange(4) % 3, torch.ones(4, dtype=torch.bool), 3),
+    ],
+)
+def test_what_keeps_its_gradient_says_that_it_has_no_second_one(function):
+    """Else it would be taken for a constant."""
+    x = torch.randn(4, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("calls_in_cpp", [False, True])
 @pytest.mark.parametrize(("own", "plain"), PAIRS)
-def test_no_exponential_is_left_to_the_backward_pass(own, plain):
-    """A compiler would compute slopes again rather than keep them, were they not split off."""
+def test_no_exponential_is_left_to_the_backward_pass(own, plain, calls_in_cpp):
+    """An alarm rather than a fault: a compiler may change its mind about what it computes again, and is slower then."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
     x = torch.randn(64, 64).bfloat16().requires_grad_()
-    _, code = run_fw_bw_and_get_code(lambda: torch.compile(own, dynamic=False)(x))
-    forward, backward = code
+    with torch._inductor.config.patch(cpp_wrapper=calls_in_cpp):
+        _, (forward, backward) = run_fw_bw_and_get_code(lambda: torch.compile(own, dynamic=False)(x))
     assert "exp(" in forward
     assert "exp(" not in backward
 
