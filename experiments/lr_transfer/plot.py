@@ -1,6 +1,8 @@
 """Gathers the runs of sweeps into runs.csv and draws lr_transfer.png: loss over learning rate, a line a width.
 
 python -m experiments.lr_transfer.plot runs/<sweep> runs/<another>
+
+Needs matplotlib, which gptlab itself does not.
 """
 
 import csv
