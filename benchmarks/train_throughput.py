@@ -46,7 +46,7 @@ from turns import (
 )
 
 from gptlab.cost import count_parameters, flops_per_token
-from gptlab.data.tokens import cache_dir
+from gptlab.files import cache_dir
 from gptlab.model import GPT, GPTConfig
 
 SHAPES = {  # n_layer, n_head, n_embd, block_size, batch_size

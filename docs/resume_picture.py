@@ -23,8 +23,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from gptlab.data.sources import PyDocs
-from gptlab.data.tokens import cache_dir, prepare
+from gptlab.data.tokens import prepare
 from gptlab.data.windows import WindowDataset, as_it_is
+from gptlab.files import cache_dir
 from gptlab.losses import token_nll
 from gptlab.model import GPT, GPTConfig
 from gptlab.tokenizer import ByteTokenizer

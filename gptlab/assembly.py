@@ -22,6 +22,7 @@ from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.module import TextDataModule
+from gptlab.data.remote import is_remote
 from gptlab.machine import set_compiler
 from gptlab.model import GPT, GPTConfig
 from gptlab.run import RunFolder
@@ -39,7 +40,7 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
             return [absolute(key, item) for item in value]
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
-        return value if value is None else str(Path(value).expanduser().absolute())
+        return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
 
     data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
     tokenizer = {"path": absolute("tokenizer.path", cfg["tokenizer"].get("path"))}

@@ -98,6 +98,11 @@ class _Hashed:
         self.file.flush()
 
 
+def cache_dir() -> Path:
+    """Where downloads, tokenizers and tokens are kept: `$GPTLAB_CACHE_DIR`, else `~/.cache/gptlab`."""
+    return Path(os.environ.get("GPTLAB_CACHE_DIR") or "~/.cache/gptlab").expanduser().absolute()
+
+
 def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

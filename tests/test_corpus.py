@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlab.data.corpus import Document, Files, read_text, split_documents, split_rule, without_gutenberg
+from gptlab.data.corpus import Files, split_documents, split_rule
+from gptlab.data.document import Document, without_gutenberg
+from gptlab.data.formats import read_text
 
 HEADER = "\ufeffThe Project Gutenberg eBook of X\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n"
 LICENCE = "\n\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nUpdated editions will replace the previous one.\n"

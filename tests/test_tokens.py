@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptlab.data import tokens
+from gptlab.data import encoding, tokens
 from gptlab.data.changes import differences
-from gptlab.data.corpus import Document, Files, Source
-from gptlab.data.tokens import TokenFile, cache_dir, open_prepared, prepare
+from gptlab.data.corpus import Files, Source
+from gptlab.data.document import Document
+from gptlab.data.tokens import TokenFile, open_prepared, prepare
 from gptlab.data.windows import report
+from gptlab.files import cache_dir
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 
 fork = multiprocessing.get_context("fork")  # a child starts with this module's patches, and in no time
@@ -193,8 +195,9 @@ def test_a_side_without_text_is_an_error_with_a_remedy(corpus, tmp_path):
     assert not [path for path in tmp_path.glob("tokens/*") if path.is_dir()]
 
 
-def in_processes(n: int, *arguments) -> list[int]:
-    children = [fork.Process(target=build, args=arguments) for _ in range(n)]
+def in_processes(n: int, source, cache, kind=ByteTokenizer.train, workers=None) -> list[int]:
+    arguments = (source, cache, kind)
+    children = [fork.Process(target=build, args=arguments, kwargs={"workers": workers}) for _ in range(n)]
     for child in children:
         child.start()
     for child in children:
@@ -228,8 +231,9 @@ def test_a_killed_build_is_begun_again_and_gives_the_same_bytes(corpus, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         if place == "in the text":
-            add = tokens._Writer.add
-            patch.setattr(tokens._Writer, "add", lambda self, text: die() if self.documents == 20 else add(self, text))
+            add = encoding._Writer.add
+            patch.setattr(encoding, "BATCH_CHARACTERS", 1)
+            patch.setattr(encoding._Writer, "add", lambda w, part: die() if w.sums["documents"] == 20 else add(w, part))
         else:
             patch.setattr(tokens, "write_json", die)
         assert in_processes(1, source, tmp_path / "killed") == [-signal.SIGKILL]
@@ -242,6 +246,82 @@ def test_a_killed_build_is_begun_again_and_gives_the_same_bytes(corpus, tmp_path
     assert again.folder == folder
     assert contents(again.folder) == contents(alone.folder)
     assert "unfinished" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_build_goes_on_where_it_was_killed(corpus, tmp_path, caplog, monkeypatch, workers):
+    """Six times in a row, each a few documents further on; the bytes are those of one that nobody killed."""
+    source, steps = corpus(120), 6
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    alone = build(source, tmp_path / "one", workers=0)
+    monkeypatch.setattr(encoding, "JOURNAL_SECONDS", 0)
+    encoded_before, written = encoding._Workers.encoded, tmp_path / "batches"
+
+    def encoded(self, todo):
+        for number, batch in enumerate(encoded_before(self, todo)):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with open(written, "a") as file:
+                file.write("batch\n")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding._Workers, "encoded", encoded)
+        for _ in range(steps):
+            assert in_processes(1, source, tmp_path / "killed", ByteTokenizer.train, workers) == [-signal.SIGKILL]
+    with caplog.at_level(logging.INFO, "gptlab"):
+        again = build(source, tmp_path / "killed", workers=workers)
+    assert contents(again.folder) == contents(alone.folder)
+    assert len(written.read_text().splitlines()) == 3 * steps, "a batch was encoded again"
+    assert "going on with tokens that were begun" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "journal"])
+def test_what_a_killed_build_left_is_believed_only_where_it_agrees(corpus, tmp_path, monkeypatch, damage):
+    source = corpus(120)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    alone = build(source, tmp_path / "one", workers=0)
+    monkeypatch.setattr(encoding, "JOURNAL_SECONDS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding._Writer, "report", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # so that the journal is there
+        assert in_processes(1, source, tmp_path / "killed") == [-signal.SIGKILL]
+    (journal,) = (tmp_path / "killed" / "tokens").rglob(encoding.JOURNAL)
+    train = journal.with_name("train.bin")
+    content = train.read_bytes()
+    if damage == "journal":
+        journal.write_text(journal.read_text()[:-9])
+    else:
+        train.write_bytes(content[:100] + (b"" if damage == "cut" else bytes([content[100] ^ 1]) + content[101:]))
+    assert contents(build(source, tmp_path / "killed").folder) == contents(alone.folder)
+
+
+@pytest.mark.parametrize("kind", [ByteTokenizer, CharTokenizer])
+def test_processes_write_the_same_bytes(corpus, tmp_path, monkeypatch, kind):
+    source = corpus(120)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
+    folders = [build(source, tmp_path / str(n), kind.train, workers=n).folder for n in (0, 1, 3)]
+    assert contents(folders[0]) == contents(folders[1]) == contents(folders[2])
+
+
+def test_a_process_that_dies_is_told(corpus, tmp_path, monkeypatch):
+    before = encoding._Workers.__enter__
+
+    def enter(self):
+        before(self)
+        for worker in self.all:
+            worker.kill()
+        return self
+
+    monkeypatch.setattr(encoding._Workers, "__enter__", enter)
+    with pytest.raises(RuntimeError, match=r"a process that encodes text has ended with exit code -9.* start again"):
+        build(corpus(3), tmp_path, workers=2)
+
+
+def test_as_many_processes_as_are_worth_it():
+    assert encoding.processes(None, 10**6) == 0
+    assert encoding.processes(None, 10**9) in (0, len(os.sched_getaffinity(0)))
+    assert encoding.processes(3, 10) == 3
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "validation.bin", "meta.json", "tokenizer/gptlab_tokenizer.json"])
@@ -276,7 +356,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(corpus, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens.os, "fsync", full)
+        patch.setattr(encoding.os, "fsync", full)
         with pytest.raises(OSError, match=r"no space for .*tokens.*; free some space, or set GPTLAB_CACHE_DIR"):
             build(corpus(2), tmp_path)
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 100)

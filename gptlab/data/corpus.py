@@ -2,26 +2,23 @@
 
 import glob
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+from gptlab.data.document import Document
+from gptlab.data.formats import Reading, read_documents
+from gptlab.data.remote import is_remote, local_copies
+
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
-GUTENBERG_START = re.compile(r"^\*{3} *START OF [^*]*PROJECT GUTENBERG[^*]*\*{3}.*\n", re.MULTILINE | re.IGNORECASE)
-GUTENBERG_END = re.compile(r"^\*{3} *END OF [^*]*PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
 
 
 class Source(ABC):
     """Where text comes from. It can be read many times, and gives the same documents in the same order each time."""
+
+    bytes_read = 0  # of the files, as they lie on the disk; for a progress bar
 
     @abstractmethod
     def paths(self) -> list[Path]:
@@ -42,18 +39,22 @@ class Source(ABC):
 
 
 class Files(Source):
-    """Text files, one document each. `files` is a path or glob, or a list of them; `**` means any depth."""
+    """Files of text or rows. `files` is a path, glob or URL, or a list of them; `**` means any depth.
 
-    def __init__(self, files: str | Sequence[str], strip_gutenberg: bool = True):
+    `reading` tells how they become documents.
+    """
+
+    def __init__(self, files: str | Sequence[str], reading: Reading = Reading(strip_gutenberg=True)):  # noqa: B008
         self.files = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
-        self.strip_gutenberg = strip_gutenberg
+        self.reading = reading
+        self._copies: dict[str, list[Path]] = {}  # of what lies elsewhere: asked for once a run
 
     def paths(self) -> list[Path]:
         if not self.files:
             raise ValueError("data.files is empty; name a file or a glob such as 'texts/**/*.txt'")
         found: dict[Path, str] = {}  # resolved path -> the pattern that gave it
         for pattern in self.files:
-            for path in _expand(pattern):
+            for path in self._expand(pattern):
                 if path.resolve() in found:
                     raise ValueError(
                         f"data.files: {path} is named twice, by {found[path.resolve()]!r} and {pattern!r}; "
@@ -63,11 +64,21 @@ class Files(Source):
         return list(found)
 
     def read(self, path: Path) -> Iterator[Document]:
-        yield Document(path.name, read_text(path, strip_gutenberg=self.strip_gutenberg))
+        yield from read_documents(path, self.reading, self._count)
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
+
+    def _expand(self, pattern: str) -> list[Path]:
+        if not is_remote(pattern):
+            return _expand(pattern)
+        if pattern not in self._copies:
+            self._copies[pattern] = local_copies(pattern)
+        return self._copies[pattern]
 
     @property
     def settings(self) -> dict:
-        return {"strip_gutenberg": self.strip_gutenberg}
+        return asdict(self.reading)
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -87,74 +98,42 @@ def _expand(pattern: str) -> list[Path]:
     return matches
 
 
-def read_text(path: Path, *, strip_gutenberg: bool = False) -> str:
-    """The text of a UTF-8 file, without byte-order mark and with LF line ends.
-
-    Raises ValueError, naming the file, if it is missing, binary, not UTF-8, or holds no text.
-    """
-    path = Path(path)
-    try:
-        text = decode_text(path.read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
-    if strip_gutenberg:
-        text = without_gutenberg(text)
-    if not text.strip():
-        raise ValueError(f"{path} holds no text; remove it from the data, or check that it was written whole")
-    return text
-
-
-def decode_text(content: bytes, path: Path, first_byte: int = 0, first_line: int = 1) -> str:
-    """`content`, which stands in `path` from `first_byte` and `first_line` on, as text with LF line ends."""
-    if (null := content.find(b"\0")) >= 0:
-        raise ValueError(
-            f"{path} is binary: byte {first_byte + null} is NUL; give text files only (UTF-16 text must become UTF-8: "
-            "iconv -f UTF-16 -t UTF-8)"
-        )
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path} is not UTF-8: byte {first_byte + error.start} (0x{content[error.start]:02x}, line {line}) is "
-            "invalid; convert it, for example with: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    if first_byte == 0:
-        text = text.removeprefix("\ufeff")  # the byte-order mark
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def without_gutenberg(text: str) -> str:
-    """`text` without Project Gutenberg's header and licence; text that has neither comes back unchanged."""
-    start, end = GUTENBERG_START.search(text), GUTENBERG_END.search(text)
-    if not (start or end):
-        return text
-    return text[start.end() if start else 0 : end.start() if end else None].strip("\n") + "\n"
-
-
 def split_rule(documents: Iterable[Document]) -> str:
     """How to split so many documents: "hash" for MANY_DOCUMENTS or more, else "tail". Reads no more than it needs."""
-    return "hash" if sum(1 for _ in islice(documents, MANY_DOCUMENTS)) == MANY_DOCUMENTS else "tail"
+    ends = (document for document in documents if document.ends)
+    return "hash" if sum(1 for _ in islice(ends, MANY_DOCUMENTS)) == MANY_DOCUMENTS else "tail"
 
 
 def split_documents(documents: Iterable[Document], fraction: float, rule: str) -> Iterator[tuple[str, Document]]:
     """Each document, or piece of one, as ("train" or "validation", piece), in order.
 
     Windows cut later cannot straddle the two, so no validation text is trained on. "hash" puts a whole document where
-    the hash of its text says: it stays there when others are added, and copies of it go the same way. "tail" cuts
-    `fraction` of the characters off the end of each document.
+    the hash of its text says (of its first part, where it comes in parts): it stays there when others are added, and
+    copies of it go the same way. "tail" cuts `fraction` of the characters off the end of each document.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"data.validation_fraction={fraction} must lie between 0 and 1, such as 0.1")
+    side = "train"
     for document in documents:
         if rule == "hash":
-            yield "validation" if _hash_share(document.text) < fraction else "train", document
+            if document.start == 0:
+                side = "validation" if _hash_share(document.text) < fraction else "train"
+            yield side, document
             continue
+        length = len(document.text) if document.length is None else document.length
         # Rounded, since 1 - 0.9 is 0.09999999999999998: a fraction of 0.1 cuts exactly where int(n * 0.9) does.
-        cut = int(len(document.text) * round(1 - fraction, 12))
-        for side, text in (("train", document.text[:cut]), ("validation", document.text[cut:])):
+        cut = int(length * round(1 - fraction, 12))
+        here = min(max(cut - document.start, 0), len(document.text))  # where in this part the cut falls
+        for side, text, start, end in (
+            ("train", document.text[:here], document.start, cut),
+            ("validation", document.text[here:], max(document.start - cut, 0), length - cut),
+        ):
             if text:
-                yield side, replace(document, text=text)
+                is_whole = document.length is None
+                yield (
+                    side,
+                    replace(document, text=text, start=0 if is_whole else start, length=None if is_whole else end),
+                )
 
 
 def _hash_share(text: str) -> float:

@@ -11,8 +11,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gptlab.data.changes import files_that_differ
 from gptlab.data.corpus import Files, Source
-from gptlab.data.tokens import Prepared, cache_dir, prepare
+from gptlab.data.formats import Reading
+from gptlab.data.tokens import Prepared, prepare
 from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
 
 
@@ -21,13 +23,17 @@ class DataConfig:
     """What text, and how it is cut into batches."""
 
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
-    files: Any = None  # your own text: a path, a glob, or a list of them
+    files: Any = None  # your own text: a path, glob or URL, or a list of them
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
+    documents: str = "auto"  # auto | file | line | separator | field: what is one document of data.files
+    separator: str | None = None  # the line that stands between two documents; null: none does
+    field: str = "text"  # what the text is called in rows of .jsonl, .json, .csv, .tsv and .parquet
     strip_gutenberg: bool = True  # leave out Project Gutenberg's header and licence
     batch_size: int = 16  # sequences a rank and micro-batch
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
+    prepare_workers: int | None = None  # processes that turn text into tokens; null: one a processor, for much text
     num_workers: int = 0  # loader processes; memory-mapped tokens need none
 
 
@@ -48,7 +54,7 @@ class TextDataModule(LightningDataModule):
         self.config, self.block_size, self.seed = config, block_size, seed
         self.stride = config.stride or max(1, block_size // 2)
         if config.files is not None:
-            source = Files(config.files, strip_gutenberg=config.strip_gutenberg)
+            source = Files(config.files, reading_of(config))
         if source is None:
             raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
         self.source = source
@@ -64,11 +70,10 @@ class TextDataModule(LightningDataModule):
         self.prepared = prepare(
             self.source,
             self.build_tokenizer,
-            validation_source=None
-            if held_out is None
-            else Files(held_out, strip_gutenberg=self.config.strip_gutenberg),
+            validation_source=None if held_out is None else Files(held_out, reading_of(self.config)),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
+            workers=self.config.prepare_workers,
         )
 
     def setup(self, stage: str | None = None) -> None:
@@ -169,14 +174,20 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
+def reading_of(config: DataConfig) -> Reading:
+    return Reading(config.documents, config.separator, config.field, config.strip_gutenberg)
+
+
 def check(config: DataConfig) -> None:
     """Raise ValueError with every value that cannot be."""
+    reading_of(config)
     faults = [
         f"data.{name}={value} must be at least {least}"
         for name, value, least in (
             ("batch_size", config.batch_size, 1),
             ("stride", config.stride, 1),
             ("num_workers", config.num_workers, 0),
+            ("prepare_workers", config.prepare_workers, 0),
         )
         if value is not None and value < least
     ]

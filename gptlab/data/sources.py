@@ -11,17 +11,17 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import pooch
 from filelock import FileLock
 
-from gptlab.data.corpus import Document, Source, decode_text, read_text
-from gptlab.data.tokens import cache_dir
-from gptlab.files import sha256_of_file
+from gptlab.data.corpus import Source
+from gptlab.data.document import Document
+from gptlab.data.formats import Reading, read_documents, read_text
+from gptlab.files import cache_dir, sha256_of_file
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,7 @@ class Download(Source):
                 f"data.source.separator={separator!r} must be a line of text, or null; and with it "
                 "data.source.strip_gutenberg must be false"
             )
-        self.separator = separator
-        self.strip_gutenberg = strip_gutenberg
+        self.reading = Reading(separator=separator, strip_gutenberg=strip_gutenberg)
 
     def paths(self) -> list[Path]:
         return self._paths
@@ -144,32 +143,14 @@ class Download(Source):
         return [find_or_download(file) for file in self.files]
 
     def read(self, path: Path) -> Iterator[Document]:
-        if self.separator is None:
-            yield Document(path.name, read_text(path, strip_gutenberg=self.strip_gutenberg))
-        else:
-            yield from _read_separated(path, self.separator.strip().encode())
+        yield from read_documents(path, self.reading, self._count)
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
 
     @property
     def settings(self) -> dict:
-        return {"separator": self.separator, "strip_gutenberg": self.strip_gutenberg}
-
-
-def _read_separated(path: Path, separator: bytes) -> Iterator[Document]:
-    lines: list[bytes] = []
-    first_byte, first_line, count = 0, 1, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(chain(file, [separator]), start=1):
-            if line.strip() != separator:
-                lines.append(line)
-                continue
-            content = b"".join(lines)
-            if text := decode_text(content, path, first_byte, first_line).strip():
-                count += 1
-                yield Document(f"{path.name}:{first_line}", text)
-            first_byte += len(content) + len(line)
-            first_line, lines = number + 1, []
-    if not count:
-        raise ValueError(f"{path} holds no text; remove it from the data, or check that it was written whole")
+        return asdict(self.reading)
 
 
 def find_or_download(file: RemoteFile) -> Path:

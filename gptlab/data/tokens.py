@@ -11,37 +11,31 @@ import inspect
 import json
 import logging
 import mmap
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock
 
-from gptlab.data.corpus import MANY_DOCUMENTS, Document, Source, split_documents, split_rule
+from gptlab.data import encoding
+from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_rule
+from gptlab.data.document import Document
+from gptlab.data.encoding import SIDES
 from gptlab.files import sha256_of_file
 from gptlab.run import write_json
-from gptlab.tokenizer import EOS_ID, UNK_ID, Tokenizer, load_tokenizer
+from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the same text would give other files
-SIDES = ("train", "validation")
+FORMAT = 3  # raise it when the same text would give other files
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 T = TypeVar("T")
-
-
-def cache_dir() -> Path:
-    """Where downloads, tokenizers and tokens are kept: `$GPTLAB_CACHE_DIR`, else `~/.cache/gptlab`."""
-    return Path(os.environ.get("GPTLAB_CACHE_DIR") or "~/.cache/gptlab").expanduser().absolute()
 
 
 class TokenFile:
@@ -123,12 +117,14 @@ def prepare(
     validation_source: Source | None = None,
     validation_fraction: float,
     cache: Path,
+    workers: int | None = None,
 ) -> Prepared:
     """Split the source, get the tokenizer, and encode both sides, unless `cache` has the result already.
 
     `tokenizer` is one, or a partial of some `Tokenizer.train`, which then learns from the training text alone. With a
     `validation_source`, all of `source` is for training. Any number of processes may call this at once, and die at any
-    time: one builds, the others wait, and no half of a file is used.
+    time: one builds, the others wait, and no half of a file is used; the next one goes on where a killed one was.
+    `workers` processes encode, or None for as many as is quickest.
     """
     text = _SplitText(source, validation_source, validation_fraction)
     cache = Path(cache)
@@ -140,7 +136,7 @@ def prepare(
     prepared = _once(
         cache / "tokens" / key,
         load=lambda folder: open_prepared(folder, trust),
-        build=lambda folder: _build(folder, text, tokenizer, dtype),
+        build=lambda folder: _build(folder, text, tokenizer, dtype, workers, trust),
     )
     return replace(prepared, meta=prepared.meta | {"files": text.files})  # the same bytes may have stood elsewhere
 
@@ -188,6 +184,11 @@ class _SplitText:
                     f"no text is left for {side}: data.validation_fraction={self.fraction} gives it none; {remedy} it, "
                     "or give more text"
                 )
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the files, as they lie on the disk, every time that they were read."""
+        return sum(source.bytes_read for source in (self.source, self.validation_source) if source is not None)
 
     def training_texts(self) -> Iterator[str]:
         return (document.text for side, document in self.pieces() if side == "train")
@@ -242,31 +243,44 @@ def _once(folder: Path, load: Callable[[Path], T], build: Callable[[Path], None]
         try:
             return load(folder)  # built while this process waited for the lock
         except ValueError as error:
-            if folder.exists():
+            if folder.exists() and not encoding.can_go_on(folder):
                 log.warning("building anew what is damaged or unfinished: %s", error)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if not encoding.can_go_on(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
         try:
             build(folder)
         except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, ValueError | OSError) or not encoding.can_go_on(folder):  # else the next one goes on
+                shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise OSError(errno.ENOSPC, f"no space for {folder} ({error.strerror}); {ELSEWHERE}") from error
             raise
         return load(folder)
 
 
-def _build(folder: Path, text: _SplitText, tokenizer: Tokenizer, dtype: str) -> None:
+def _build(
+    folder: Path, text: _SplitText, tokenizer: Tokenizer, dtype: str, workers: int | None, trust: tuple[str, ...]
+) -> None:
     start = time.monotonic()
     _require_space(folder, text, tokenizer, np.dtype(dtype).itemsize)
-    with ExitStack() as stack:
-        writers = {
-            side: _Writer(stack.enter_context(open(folder / f"{side}.bin", "wb")), tokenizer, dtype) for side in SIDES
-        }
-        for side, document in text.pieces():
-            writers[side].add(document.text)
-        splits = {side: writer.finish() for side, writer in writers.items()}
     tokenizer.save(folder / "tokenizer")
+    text_bytes = sum(file["size"] for files in text.files.values() for file in files)
+    assert text.rule  # found now: it may take a reading of its own
+    before = text.bytes_read
+    progress = encoding.Progress(text_bytes, lambda: text.bytes_read - before)
+    try:
+        splits = encoding.encode(
+            folder,
+            text.pieces(),
+            tokenizer,
+            dtype,
+            workers=encoding.processes(workers, text_bytes),
+            trust=trust,
+            progress=progress,
+        )
+    finally:
+        progress.close()
     meta = {
         "format": FORMAT,
         "dtype": dtype,
@@ -289,39 +303,3 @@ def _require_space(folder: Path, text: _SplitText, tokenizer: Tokenizer, itemsiz
     needed = int(text_bytes * itemsize * len(tokenizer.encode(sample)) / len(sample.encode("utf-8", "surrogatepass")))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"the tokens need about {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free")
-
-
-class _Writer:
-    """Encodes one side into its file, and counts and hashes on the way."""
-
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str):
-        self.file, self.tokenizer, self.dtype = file, tokenizer, dtype
-        self.digest = hashlib.sha256()
-        self.tokens = self.unknown = self.documents = self.bytes = 0
-        self.characters = np.zeros(sys.maxunicode + 1, dtype=np.int64)  # how often each code point occurs
-
-    def add(self, text: str) -> None:
-        ids = self.tokenizer.encode(text)
-        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.tokenizer.vocab_size)
-        content = np.append(ids, EOS_ID).astype(self.dtype).tobytes()
-        self.file.write(content)
-        self.digest.update(content)
-        self.tokens += ids.size + 1
-        self.unknown += np.count_nonzero(ids == UNK_ID)
-        self.documents += 1
-        self.bytes += len(text.encode("utf-8", "surrogatepass"))
-        counts = np.bincount(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32))
-        self.characters[: counts.size] += counts
-
-    def finish(self) -> dict:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        found = {chr(code): int(self.characters[code]) for code in np.flatnonzero(self.characters)}
-        return {
-            "tokens": self.tokens,
-            "unknown_tokens": int(self.unknown),
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "sha256": self.digest.hexdigest(),
-            "coverage": self.tokenizer.coverage(found),
-        }

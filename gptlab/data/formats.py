@@ -1,0 +1,321 @@
+"""Files in, documents out: plain text in several readings, rows of JSON, CSV and Parquet, compressed or not.
+
+Nothing larger than PART_BYTES is held but a document that its file gives as one row or line; a larger text file comes
+in parts.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptlab.data.document import Document, decode_text, without_gutenberg
+
+WHOLE_BYTES = 2**24  # a text file up to this size is one piece; no book is larger
+PART_BYTES = 2**22
+READINGS = ("auto", "file", "line", "separator", "field")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+NOTHING = "{} holds no text; remove it from the data, or check that it was written whole"
+Count = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents.
+
+    `documents`: "file", one each; "line", each line that is not blank; "separator", what stands between two lines that
+    are just `separator`; "field", the text called `field` in each row of JSON, JSON lines, CSV, TSV or Parquet. "auto"
+    is "field" for files whose name says that they have rows, else "separator" where there is one, else "file".
+    """
+
+    documents: str = "auto"
+    separator: str | None = None
+    field: str = "text"
+    strip_gutenberg: bool = False
+
+    def __post_init__(self):
+        if self.documents not in READINGS:
+            raise ValueError(f"data.documents={self.documents!r} is none of {', '.join(READINGS)}")
+        if self.separator is not None and not self.separator.strip():
+            raise ValueError(f"data.separator={self.separator!r} must be a line of text, or null")
+        if (self.documents == "separator") != (self.separator is not None) and self.documents != "auto":
+            raise ValueError(
+                f"data.documents={self.documents} with data.separator={self.separator!r}: a separator goes with "
+                "documents=separator, and is needed there"
+            )
+
+    def of(self, path: Path) -> str:
+        """The word for this file, "auto" resolved. Raises ValueError where the file cannot be read so."""
+        has_rows = kind_of(path) in ROWS
+        word = self.documents
+        if word == "auto":
+            word = "field" if has_rows else "separator" if self.separator is not None else "file"
+        if word == "field" and not has_rows:
+            raise ValueError(f"data.documents=field: {path} has no rows; files that do end in {', '.join(ROWS)}")
+        if word != "field" and kind_of(path) == ".parquet":
+            raise ValueError(f"data.documents={word}: {path} has rows; read it with data.documents=field")
+        return word
+
+
+def kind_of(path: Path) -> str:
+    """The ending that tells what a file holds, ".jsonl" of "a.jsonl.gz"."""
+    inner = Path(path.stem) if path.suffix.lower() in OPENERS else path
+    return inner.suffix.lower()
+
+
+def read_documents(path: Path, reading: Reading, count: Count = lambda size: None) -> Iterator[Document]:
+    """The documents of a file. `count` is told of its bytes on the disk as they are read.
+
+    Raises ValueError, naming the file and line or byte, for what cannot be read, is damaged, or holds no text.
+    """
+    word = reading.of(path)
+    if word == "file":
+        yield from _file(path, reading.strip_gutenberg, count)
+        return
+    readers = {"line": _lines, "separator": _separated, "field": _rows}
+    found = False
+    for document in readers[word](path, reading, count):
+        found = True
+        yield document
+    if not found:
+        raise ValueError(NOTHING.format(path))
+
+
+def read_text(path: Path, *, strip_gutenberg: bool = False) -> str:
+    """The text of a UTF-8 file of any size, without byte-order mark and with LF line ends.
+
+    Raises ValueError, naming the file, if it is missing, binary, not UTF-8, or holds no text.
+    """
+    return "".join(document.text for document in _file(Path(path), strip_gutenberg, lambda size: None))
+
+
+def _file(path: Path, strip_gutenberg: bool, count: Count) -> Iterator[Document]:
+    with opened(path, count) as file:
+        content = file.read(WHOLE_BYTES + 1)
+    if len(content) <= WHOLE_BYTES:
+        text = decode_text(content, path)
+        text = without_gutenberg(text) if strip_gutenberg else text
+        if not text.strip():
+            raise ValueError(NOTHING.format(path))
+        yield Document(path.name, text)
+        return
+    length = sum(len(text) for text in _parts(path, lambda size: None))
+    start = 0
+    for text in _parts(path, count):
+        yield Document(path.name, text, start, length)
+        start += len(text)
+
+
+def _parts(path: Path, count: Count) -> Iterator[str]:
+    """The text of a file in parts that end at a line's end where they can."""
+    first_byte, first_line, rest = 0, 1, b""
+    with opened(path, count) as file:
+        while block := file.read(PART_BYTES):
+            content = rest + block
+            end = content.rfind(b"\n") + 1 or _whole_characters(content)
+            yield decode_text(content[:end], path, first_byte, first_line)
+            first_line += content.count(b"\n", 0, end)
+            first_byte, rest = first_byte + end, content[end:]
+    if rest:
+        yield decode_text(rest, path, first_byte, first_line)
+
+
+def _whole_characters(content: bytes) -> int:
+    """Where to cut bytes that go on, so that no character and no CR LF is cut through."""
+    end = len(content)
+    while end > len(content) - 4 and content[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    return end - 1 if content[end - 1] >= 0xC0 or content[end - 1 : end] == b"\r" else len(content)
+
+
+def _lines(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
+    first_byte = 0
+    with opened(path, count) as file:
+        for number, line in enumerate(file, start=1):
+            if (text := decode_text(line, path, first_byte, number).strip("\n")).strip():
+                yield Document(f"{path.name}:{number}", text)
+            first_byte += len(line)
+
+
+def _separated(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
+    assert reading.separator is not None
+    separator = reading.separator.strip().encode()
+    lines: list[bytes] = []
+    first_byte, first_line = 0, 1
+    with opened(path, count) as file:
+        for number, line in enumerate(chain(file, [separator]), start=1):
+            if line.strip() != separator:
+                lines.append(line)
+                continue
+            content = b"".join(lines)
+            if text := decode_text(content, path, first_byte, first_line).strip():
+                yield Document(f"{path.name}:{first_line}", text)
+            first_byte += len(content) + len(line)
+            first_line, lines = number + 1, []
+
+
+def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
+    kind = kind_of(path)
+    if kind == ".parquet":
+        rows = _parquet_rows(path, reading.field, count)
+    elif kind == ".json":
+        rows = _json_rows(path, count)
+    elif kind in (".csv", ".tsv"):
+        rows = _csv_rows(path, "\t" if kind == ".tsv" else ",", count)
+    else:
+        rows = _json_lines(path, count)
+    for where, row in rows:
+        text = row if isinstance(row, str) else row.get(reading.field) if isinstance(row, Mapping) else None
+        if not isinstance(text, str):
+            has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is {str(row)[:40]!r}"
+            raise ValueError(
+                f"{path}: {where} has no text called {reading.field!r} ({has}): name the one to read with data.field"
+            )
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if text.strip():
+            yield Document(f"{path.name}:{where.split()[-1]}", text)
+
+
+def _json_lines(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
+    first_byte = 0
+    with opened(path, count) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(decode_text(line, path, first_byte, number))
+                except json.JSONDecodeError as error:
+                    at = f"byte {first_byte + len(error.doc[: error.pos].encode())}"
+                    raise ValueError(
+                        f"{path}: line {number} is no JSON ({error.msg} at {at}): mend or remove that line"
+                    ) from error
+            first_byte += len(line)
+
+
+def _json_rows(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
+    with opened(path, count) as file:
+        text = decode_text(file.read(), path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno} is no JSON ({error.msg}); JSON lines end in .jsonl") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: a .json file must be a list of texts or rows; as plain text: data.documents=file")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv_rows(path: Path, delimiter: str, count: Count) -> Iterator[tuple[str, Any]]:
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with opened(path, count) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+            try:
+                for row in reader:
+                    yield f"line {reader.line_num}", row
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}: line {reader.line_num + 1} is no CSV in UTF-8 ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet_rows(path: Path, field: str, count: Count) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{path}: reading Parquet takes pyarrow: pip install "gptlab[data]"') from error
+    number, size = 0, path.stat().st_size
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in (names := file.schema_arrow.names):
+                raise ValueError(
+                    f"{path}: row 1 has no text called {field!r} (it has {', '.join(names)}): name the "
+                    "one to read with data.field"
+                )
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(1024, row_groups=[group], columns=[field]):
+                    for text in batch.column(0).to_pylist():
+                        number += 1
+                        yield f"row {number}", {field: text}
+                count(size // file.num_row_groups)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error})") from error
+
+
+def _open_zstd(file: BinaryIO) -> BinaryIO:
+    try:
+        from compression import zstd  # Python 3.14
+
+        return zstd.open(file)
+    except ModuleNotFoundError:
+        pass
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ValueError('reading .zst takes zstandard: pip install "gptlab[data]"') from error
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+
+
+OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+class _Counted(io.FileIO):
+    """A file that tells how much of it was read."""
+
+    count: Count
+
+    def readinto(self, buffer: Any) -> int:
+        self.count(size := super().readinto(buffer))
+        return size
+
+    def readall(self) -> bytes:
+        self.count(len(content := super().readall()))
+        return content
+
+
+class opened:  # noqa: N801  it is used as a function is
+    """`with opened(path, count) as file`: the bytes of a file, decompressed by its ending.
+
+    Raises ValueError, naming the file, for what goes wrong with it, also while it is read.
+    """
+
+    def __init__(self, path: Path, count: Count):
+        self.path, self.count = path, count
+
+    def __enter__(self) -> BinaryIO:
+        try:
+            raw = _Counted(self.path)
+            raw.count = self.count
+            self.raw = io.BufferedReader(raw, 2**20)
+            opener = OPENERS.get(self.path.suffix.lower())
+            self.file = opener(self.raw) if opener else self.raw
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return self.file
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.file.close()
+        self.raw.close()
+        damaged = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+        if isinstance(error, damaged) or (kind is not None and kind.__name__ == "ZstdError"):
+            raise ValueError(f"{self.path} is damaged, or not what its ending says ({error})") from error
+        if isinstance(error, OSError):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> ValueError:
+        reason = error.strerror or str(error)
+        return ValueError(f"cannot read {self.path}: {reason}; check the path and its permissions")
