@@ -157,7 +157,7 @@ FLOORS = {
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
-    1: {"torch", "numpy", "filelock", "pooch"},
+    1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression"},
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
     3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
 }
