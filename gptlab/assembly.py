@@ -43,6 +43,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
         return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
 
     data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
+    if "folders" in (source := cfg["data"]["source"] or {}):
+        data["source"] = source | {"folders": absolute("data.source.folders", source["folders"])}
     tokenizer = {"path": absolute("tokenizer.path", cfg["tokenizer"].get("path"))}
     return cfg | {
         "data": cfg["data"] | data,

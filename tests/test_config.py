@@ -148,7 +148,8 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth",
-    1: "engine checkpoint run jobs data.changes data.corpus data.document data.encoding data.formats data.remote "
+    1: "engine checkpoint run jobs data.changes data.cleaning data.code data.corpus "
+    "data.document data.encoding data.formats data.remote "
     "data.sources data.tokens data.windows",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
@@ -157,7 +158,7 @@ FLOORS = {
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
-    1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression"},
+    1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression", "datasketch"},
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
     3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
 }

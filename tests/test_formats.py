@@ -112,7 +112,12 @@ def test_a_large_file_in_parts_is_the_file(tmp_path_factory, text, size):
         ("a.csv", b'id,text\n1,"a\n', {}, r"a.csv: line \d is no CSV"),
         ("a.csv", b"id,body\n1,a\n", {}, r"has no text called 'text' \(it has id, body\)"),
         ("a.parquet", b"PAR1", {}, r"a.parquet is no Parquet file, or a damaged one"),
-        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], {}, r"a.txt.gz is damaged, or not what its ending says"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text" * 99, mtime=0)[:-9],
+            {},
+            r"a.txt.gz is damaged, or not what its ending says",
+        ),
         ("a.txt.gz", b"plain", {}, r"a.txt.gz is damaged, or not what its ending says"),
         ("a.txt.zst", b"plain text", {}, r"a.txt.zst is damaged, or not what its ending says"),
         ("a.txt.xz", b"plain text", {}, r"a.txt.xz is damaged, or not what its ending says"),

@@ -33,6 +33,11 @@ class Source(ABC):
             yield from self.read(path)
 
     @property
+    def kinds(self) -> list[type]:
+        """The classes whose code makes the documents."""
+        return [type(self)]
+
+    @property
     def settings(self) -> dict:
         """What else changes the documents, in plain types: with the files' bytes, it tells when a cache is stale."""
         return {}

@@ -355,7 +355,5 @@ def work(tokenizer_folder: str, dtype: str, *trust: str) -> None:
 if __name__ == "__main__":
     import signal
 
-    from gptlab.data import encoding  # under its own name, so that what it sends is found by the one who asked
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked hears of it, and closes the pipe
-    encoding.work(*sys.argv[1:])
+    work(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """The LightningDataModule: text becomes tokens, tokens become batches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gptlab.data.changes import files_that_differ
+from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
 from gptlab.data.tokens import Prepared, prepare
@@ -30,6 +31,10 @@ class DataConfig:
     separator: str | None = None  # the line that stands between two documents; null: none does
     field: str = "text"  # what the text is called in rows of .jsonl, .json, .csv, .tsv and .parquet
     strip_gutenberg: bool = True  # leave out Project Gutenberg's header and licence
+    normalize: str | None = None  # null | NFC | NFKC: the normal form that text is brought to
+    min_characters: int = 0  # shorter documents are left out
+    deduplicate: str | None = None  # null | exact | near: which copies of earlier documents are left out
+    similarity: float = 0.8  # of near copies, from 0 to 1: runs of five words that both have, of those either has
     batch_size: int = 16  # sequences a rank and micro-batch
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
@@ -57,7 +62,7 @@ class TextDataModule(LightningDataModule):
             source = Files(config.files, reading_of(config))
         if source is None:
             raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-        self.source = source
+        self.source = cleaned(source, config)
         self.build_tokenizer = tokenizer
         self.cache = cache or cache_dir()
         self.prepared: Prepared | None = None
@@ -70,7 +75,9 @@ class TextDataModule(LightningDataModule):
         self.prepared = prepare(
             self.source,
             self.build_tokenizer,
-            validation_source=None if held_out is None else Files(held_out, reading_of(self.config)),
+            validation_source=None
+            if held_out is None
+            else cleaned(Files(held_out, reading_of(self.config)), self.config),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
             workers=self.config.prepare_workers,
@@ -178,9 +185,20 @@ def reading_of(config: DataConfig) -> Reading:
     return Reading(config.documents, config.separator, config.field, config.strip_gutenberg)
 
 
+def cleaned(source: Source, config: DataConfig) -> Source:
+    """The source, in a wrapper that cleans its documents where something is to be cleaned."""
+    cleaning = cleaning_of(config)
+    return source if replace(cleaning, similarity=Cleaning.similarity) == Cleaning() else Cleaned(source, cleaning)
+
+
+def cleaning_of(config: DataConfig) -> Cleaning:
+    return Cleaning(config.normalize, config.min_characters, config.deduplicate, config.similarity)
+
+
 def check(config: DataConfig) -> None:
     """Raise ValueError with every value that cannot be."""
     reading_of(config)
+    cleaning_of(config)
     faults = [
         f"data.{name}={value} must be at least {least}"
         for name, value, least in (

@@ -199,8 +199,8 @@ def _file_records(source: Source) -> list[dict]:
 
 
 def _source_identity(source: Source, files: list[dict]) -> list:
-    kind = type(source)
-    return [kind.__module__, kind.__qualname__, _code(kind), source.settings, [file["sha256"] for file in files]]
+    kinds = [[kind.__module__, kind.__qualname__, _code(kind)] for kind in source.kinds]
+    return [kinds, source.settings, [file["sha256"] for file in files]]
 
 
 def _code(thing: type | Callable) -> str:
