@@ -150,7 +150,7 @@ FLOORS = {
     "cost depth",
     1: "engine checkpoint run jobs data.changes data.cleaning data.code data.corpus "
     "data.document data.encoding data.formats data.remote "
-    "data.sources data.tokens data.windows",
+    "data.sources data.stories data.tokens data.windows",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "

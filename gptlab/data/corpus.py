@@ -4,9 +4,11 @@ import glob
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading, read_documents
@@ -15,9 +17,19 @@ from gptlab.data.remote import is_remote, local_copies
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
 
 
+@dataclass(frozen=True)
+class Optimum:
+    """What the best possible model makes of a text of n bytes in UTF-8, and last of its end; all (n + 1,)."""
+
+    nll: np.ndarray  # -log p of each after those before it, in nats
+    kinds: np.ndarray  # of the choice that it belongs to, a word such as "recall"
+    distances: np.ndarray  # bytes back to where the fact that it repeats stood last; -1 where it repeats none
+
+
 class Source(ABC):
     """Where text comes from. It can be read many times, and gives the same documents in the same order each time."""
 
+    knows_optimum = False  # whether the probability of a document is known, as it is where documents are generated
     bytes_read = 0  # of the files, as they lie on the disk; for a progress bar
 
     @abstractmethod
@@ -31,6 +43,10 @@ class Source(ABC):
     def documents(self) -> Iterator[Document]:
         for path in self.paths():
             yield from self.read(path)
+
+    def optimum(self, text: str) -> Optimum:
+        """Of a document, where the source `knows_optimum`. Raises ValueError for a text that cannot come up."""
+        raise NotImplementedError
 
     @property
     def kinds(self) -> list[type]:
