@@ -218,7 +218,15 @@ class Progress:
         self.total, self.position = total, position
         self.bytes = self.seen = 0
         self.start = self.said = time.monotonic()
-        self.bar = tqdm(total=total or None, unit="B", unit_scale=True, desc="tokens", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=total or None,
+            unit="B",
+            unit_scale=True,
+            desc="tokens",
+            disable=not sys.stderr.isatty(),
+            delay=1,  # nothing for a text that takes less
+            leave=False,
+        )
 
     def passed(self, batch: Batch) -> None:
         self.bytes += sum(len(text.encode("utf-8", "surrogatepass")) for _, text, _ in batch)

@@ -98,9 +98,10 @@ def read_text(path: Path, *, strip_gutenberg: bool = False) -> str:
 
 
 def _file(path: Path, strip_gutenberg: bool, count: Count) -> Iterator[Document]:
-    with opened(path, count) as file:
+    with opened(path, lambda size: None) as file:
         content = file.read(WHOLE_BYTES + 1)
     if len(content) <= WHOLE_BYTES:
+        count(path.stat().st_size)
         text = decode_text(content, path)
         text = without_gutenberg(text) if strip_gutenberg else text
         if not text.strip():
