@@ -13,7 +13,6 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 from gptlab import checkpoint
@@ -67,7 +66,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def gather(sweep: Path) -> list[dict[str, Any]]:
-    """All runs of a sweep, written to curves.csv."""
+    """All finished runs of a sweep, written to curves.csv."""
     found = [line for result in sorted(sweep.glob("*/result.json")) for line in lines(result.parent)]
     found.sort(key=lambda line: (line["split"], -line["stride"], line["seed"], line["step"]))
     with (HERE / "curves.csv").open("w", newline="") as file:
@@ -81,16 +80,16 @@ def draw(found: list[dict[str, str]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for (split, stride), (label, colour) in ARMS.items():
         arm = [line for line in found if (line["split"], line["stride"]) == (split, stride)]
-        steps = sorted({int(line["step"]) for line in arm})
-        seeds = sorted({line["seed"] for line in arm})
+        if not (seeds := sorted({line["seed"] for line in arm})):
+            continue
         for axis, name in zip(axes, ("val_loss", "unseen_loss"), strict=True):
-            curves = [[float(line[name]) for line in arm if line["seed"] == seed] for seed in seeds]
-            axis.plot(steps, np.mean(curves, axis=0), color=colour, label=label)
-            axis.fill_between(steps, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, lw=0)
+            for number, seed in enumerate(seeds):
+                curve = [(int(line["step"]), float(line[name])) for line in arm if line["seed"] == seed]
+                axis.plot(*zip(*curve, strict=True), color=colour, linewidth=1.2, label=None if number else label)
         print(row(label, arm, seeds))
     axes[0].set(title="what the runs say: val/loss", ylabel="nats a character", xlabel="optimizer step")
     axes[1].set(title="the same networks on the next 12,000 characters", xlabel="optimizer step")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc=(0.42, 0.2))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
