@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import random_split
 
-from gptlab.data.corpus import Document
+from gptlab.data.document import Document
 from gptlab.data.sources import Download
 from gptlab.data.windows import WindowDataset
 
