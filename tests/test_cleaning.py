@@ -21,9 +21,14 @@ def words(count: int, seed: int) -> list[str]:
     return random.Random(seed).choices([f"word{n}" for n in range(2000)], k=count)
 
 
+def clean(**changes) -> Cleaning:
+    nothing = {"normalize": None, "min_characters": 0, "deduplicate": None, "similarity": 0.8}
+    return Cleaning(**nothing | changes)
+
+
 def lines(path: Path, texts: list[str], **cleaning) -> list[str]:
     path.write_text("\n".join(texts))
-    source = Cleaned(Files(str(path), Reading(documents="line")), Cleaning(**cleaning))
+    source = Cleaned(Files(str(path), Reading(documents="line")), clean(**cleaning))
     found = [document.text for document in source.documents()]
     assert found == [document.text for document in source.documents()], "a second reading knows nothing of the first"
     return found
@@ -75,7 +80,7 @@ def test_a_document_in_parts_is_cleaned_whole(tmp_path, monkeypatch):
         (tmp_path / f"{name}.txt").write_text("e\u0301" * 50)
     files = Files(f"{tmp_path}/*.txt")
     assert len(list(files.documents())) > 4
-    (document,) = Cleaned(files, Cleaning("NFC", 0, "exact")).documents()
+    (document,) = Cleaned(files, clean(normalize="NFC", deduplicate="exact")).documents()
     assert document.text == "\u00e9" * 50
     assert document.ends
 
@@ -86,7 +91,7 @@ def test_a_document_in_parts_is_cleaned_whole(tmp_path, monkeypatch):
 def test_what_cannot_be_is_refused_by_name(cleaning):
     ((name, value),) = cleaning.items()
     with pytest.raises(ValueError, match=rf"^data.{name}={value!r}"):
-        Cleaning(**cleaning)
+        clean(**cleaning)
 
 
 def test_the_cache_knows_how_text_was_cleaned(tmp_path):
@@ -96,8 +101,8 @@ def test_the_cache_knows_how_text_was_cleaned(tmp_path):
         prepare(cleaned, ByteTokenizer(), validation_fraction=0.1, cache=tmp_path)
         for cleaned in (
             source,
-            Cleaned(source, Cleaning(deduplicate="exact")),
-            Cleaned(source, Cleaning(min_characters=8)),
+            Cleaned(source, clean(deduplicate="exact")),
+            Cleaned(source, clean(min_characters=8)),
         )
     ]
     assert len({prepared.folder for prepared in made}) == 3

@@ -10,10 +10,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from gptlab.data.grammar import Choice, Grammar
 from gptlab.data.stories import (
     GRAMMAR,
-    Choice,
-    Grammar,
     Stories,
     conversation,
     preference,
@@ -141,7 +140,6 @@ def test_as_a_source_it_is_a_function_of_its_seed(tmp_path):
         for count, seed in ((150, 3), (150, 4), (200, 3))
     }
     assert len(folders) == 3
-    assert Stories(1, 1).knows_optimum
     assert Stories(1, 1).optimum(TEXTS[0]).nll.sum() == GRAMMAR.optimum(TEXTS[0]).nll.sum()
     with pytest.raises(ValueError, match=r"data.source.documents=0 must be at least 1"):
         Stories(0, 1)

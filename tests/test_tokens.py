@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptlab.data import encoding, tokens
+from gptlab.data import batches, encoding, tokens
 from gptlab.data.changes import differences
 from gptlab.data.corpus import Files, Source
 from gptlab.data.document import Document
 from gptlab.data.tokens import TokenFile, open_prepared, prepare
 from gptlab.data.windows import report
+from gptlab.data.workers import Workers, processes
 from gptlab.files import cache_dir
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 
@@ -232,7 +233,7 @@ def test_a_killed_build_is_begun_again_and_gives_the_same_bytes(corpus, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         if place == "in the text":
             add = encoding._Writer.add
-            patch.setattr(encoding, "BATCH_CHARACTERS", 1)
+            patch.setattr(batches, "BATCH_CHARACTERS", 1)
             patch.setattr(encoding._Writer, "add", lambda w, part: die() if w.sums["documents"] == 20 else add(w, part))
         else:
             patch.setattr(tokens, "write_json", die)
@@ -252,10 +253,10 @@ def test_a_killed_build_is_begun_again_and_gives_the_same_bytes(corpus, tmp_path
 def test_a_build_goes_on_where_it_was_killed(corpus, tmp_path, caplog, monkeypatch, workers):
     """Six times in a row, each a few documents further on; the bytes are those of one that nobody killed."""
     source, steps = corpus(120), 6
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 1000)
     alone = build(source, tmp_path / "one", workers=0)
     monkeypatch.setattr(encoding, "JOURNAL_SECONDS", 0)
-    encoded_before, written = encoding._Workers.encoded, tmp_path / "batches"
+    encoded_before, written = Workers.encoded, tmp_path / "batches"
 
     def encoded(self, todo):
         for number, batch in enumerate(encoded_before(self, todo)):
@@ -266,7 +267,7 @@ def test_a_build_goes_on_where_it_was_killed(corpus, tmp_path, caplog, monkeypat
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding._Workers, "encoded", encoded)
+        patch.setattr(Workers, "encoded", encoded)
         for _ in range(steps):
             assert in_processes(1, source, tmp_path / "killed", ByteTokenizer.train, workers) == [-signal.SIGKILL]
     with caplog.at_level(logging.INFO, "gptlab"):
@@ -279,12 +280,11 @@ def test_a_build_goes_on_where_it_was_killed(corpus, tmp_path, caplog, monkeypat
 @pytest.mark.parametrize("damage", ["cut", "flip", "journal"])
 def test_what_a_killed_build_left_is_believed_only_where_it_agrees(corpus, tmp_path, monkeypatch, damage):
     source = corpus(120)
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 1000)
     alone = build(source, tmp_path / "one", workers=0)
     monkeypatch.setattr(encoding, "JOURNAL_SECONDS", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding._Writer, "report", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # so that the journal is there
         assert in_processes(1, source, tmp_path / "killed") == [-signal.SIGKILL]
     (journal,) = (tmp_path / "killed" / "tokens").rglob(encoding.JOURNAL)
     train = journal.with_name("train.bin")
@@ -299,13 +299,13 @@ def test_what_a_killed_build_left_is_believed_only_where_it_agrees(corpus, tmp_p
 @pytest.mark.parametrize("kind", [ByteTokenizer, CharTokenizer])
 def test_processes_write_the_same_bytes(corpus, tmp_path, monkeypatch, kind):
     source = corpus(120)
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 500)
     folders = [build(source, tmp_path / str(n), kind.train, workers=n).folder for n in (0, 1, 3)]
     assert contents(folders[0]) == contents(folders[1]) == contents(folders[2])
 
 
 def test_a_process_that_dies_is_told(corpus, tmp_path, monkeypatch):
-    before = encoding._Workers.__enter__
+    before = Workers.__enter__
 
     def enter(self):
         before(self)
@@ -313,15 +313,15 @@ def test_a_process_that_dies_is_told(corpus, tmp_path, monkeypatch):
             worker.kill()
         return self
 
-    monkeypatch.setattr(encoding._Workers, "__enter__", enter)
+    monkeypatch.setattr(Workers, "__enter__", enter)
     with pytest.raises(RuntimeError, match=r"a process that encodes text has ended with exit code -9.* start again"):
         build(corpus(3), tmp_path, workers=2)
 
 
 def test_as_many_processes_as_are_worth_it():
-    assert encoding.processes(None, 10**6) == 0
-    assert encoding.processes(None, 10**9) in (0, len(os.sched_getaffinity(0)))
-    assert encoding.processes(3, 10) == 3
+    assert processes(None, 10**6) == 0
+    assert processes(None, 10**9) in (0, len(os.sched_getaffinity(0)))
+    assert processes(3, 10) == 3
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "validation.bin", "meta.json", "tokenizer/gptlab_tokenizer.json"])

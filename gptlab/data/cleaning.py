@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,10 @@ class Cleaning:
     of one that stays.
     """
 
-    normalize: str | None = None
-    min_characters: int = 0
-    deduplicate: str | None = None
-    similarity: float = 0.8
+    normalize: str | None
+    min_characters: int
+    deduplicate: str | None
+    similarity: float
 
     def __post_init__(self):
         for name, words in (("normalize", ("NFC", "NFKC")), ("deduplicate", ("exact", "near"))):
@@ -39,6 +39,10 @@ class Cleaning:
             raise ValueError(f"data.min_characters={self.min_characters} must be 0 or more")
         if not 0 < self.similarity <= 1:
             raise ValueError(f"data.similarity={self.similarity} must be more than 0 and at most 1")
+
+    @property
+    def changes_text(self) -> bool:
+        return bool(self.normalize or self.min_characters or self.deduplicate)
 
 
 class Cleaned(Source):
@@ -64,8 +68,8 @@ class Cleaned(Source):
         return self._clean(self.source.documents())
 
     def _clean(self, documents: Iterator[Document]) -> Iterator[Document]:
-        is_copy = {None: lambda text: False, "exact": exact(), "near": None}[self.cleaning.deduplicate]
-        is_copy = is_copy or near(self.cleaning.similarity)
+        finders = {None: never, "exact": exact, "near": lambda: near(self.cleaning.similarity)}
+        is_copy = finders[self.cleaning.deduplicate]()
         seen = short = copies = 0
         for document in whole(documents):
             seen += 1
@@ -98,7 +102,14 @@ def whole(documents: Iterator[Document]) -> Iterator[Document]:
             parts = []
 
 
-def exact():
+IsCopy = Callable[[str], bool]
+
+
+def never() -> IsCopy:
+    return lambda text: False
+
+
+def exact() -> IsCopy:
     """A function that tells whether a text was given to it before."""
     seen: set[bytes] = set()
 
@@ -111,7 +122,7 @@ def exact():
     return is_copy
 
 
-def near(similarity: float):
+def near(similarity: float) -> IsCopy:
     """A function that tells whether a text is much like one that was given to it before and was not a copy itself."""
     try:
         from datasketch import MinHash, MinHashLSH

@@ -87,7 +87,7 @@ class Code(Source):
             yield Document(self._names[path], read_text(path))
         except ValueError as error:
             log.info("left out: %s", str(error).split("; ")[0])
-        self.bytes_read += path.stat().st_size
+        self._count(path.stat().st_size)
 
     @property
     def settings(self) -> dict:

@@ -4,11 +4,9 @@ import glob
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading, read_documents
@@ -17,19 +15,9 @@ from gptlab.data.remote import is_remote, local_copies
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
 
 
-@dataclass(frozen=True)
-class Optimum:
-    """What the best possible model makes of a text of n bytes in UTF-8, and last of its end; all (n + 1,)."""
-
-    nll: np.ndarray  # -log p of each after those before it, in nats
-    kinds: np.ndarray  # of the choice that it belongs to, a word such as "recall"
-    distances: np.ndarray  # bytes back to where the fact that it repeats stood last; -1 where it repeats none
-
-
 class Source(ABC):
     """Where text comes from. It can be read many times, and gives the same documents in the same order each time."""
 
-    knows_optimum = False  # whether the probability of a document is known, as it is where documents are generated
     bytes_read = 0  # of the files, as they lie on the disk; for a progress bar
 
     @abstractmethod
@@ -44,14 +32,13 @@ class Source(ABC):
         for path in self.paths():
             yield from self.read(path)
 
-    def optimum(self, text: str) -> Optimum:
-        """Of a document, where the source `knows_optimum`. Raises ValueError for a text that cannot come up."""
-        raise NotImplementedError
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
 
     @property
     def kinds(self) -> list[type]:
-        """The classes whose code makes the documents."""
-        return [type(self)]
+        """The classes whose modules make the documents: with an edit in one of them, a cache is stale."""
+        return [type(self), Reading, Document]
 
     @property
     def settings(self) -> dict:
@@ -65,9 +52,9 @@ class Files(Source):
     `reading` tells how they become documents.
     """
 
-    def __init__(self, files: str | Sequence[str], reading: Reading = Reading(strip_gutenberg=True)):  # noqa: B008
+    def __init__(self, files: str | Sequence[str], reading: Reading | None = None):
         self.files = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
-        self.reading = reading
+        self.reading = reading or Reading()
         self._copies: dict[str, list[Path]] = {}  # of what lies elsewhere: asked for once a run
 
     def paths(self) -> list[Path]:
@@ -86,9 +73,6 @@ class Files(Source):
 
     def read(self, path: Path) -> Iterator[Document]:
         yield from read_documents(path, self.reading, self._count)
-
-    def _count(self, size: int) -> None:
-        self.bytes_read += size
 
     def _expand(self, pattern: str) -> list[Path]:
         if not is_remote(pattern):

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Reading:
     documents: str = "auto"
     separator: str | None = None
     field: str = "text"
-    strip_gutenberg: bool = False
+    strip_gutenberg: bool = True
 
     def __post_init__(self):
         if self.documents not in READINGS:
@@ -251,12 +252,10 @@ def _parquet_rows(path: Path, field: str, count: Count) -> Iterator[tuple[str, A
 
 
 def _open_zstd(file: BinaryIO) -> BinaryIO:
-    try:
-        from compression import zstd  # Python 3.14
+    if sys.version_info >= (3, 14):
+        from compression import zstd
 
         return zstd.open(file)
-    except ModuleNotFoundError:
-        pass
     try:
         import zstandard
     except ModuleNotFoundError as error:

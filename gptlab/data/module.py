@@ -1,7 +1,7 @@
 """The LightningDataModule: text becomes tokens, tokens become batches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def reading_of(config: DataConfig) -> Reading:
 def cleaned(source: Source, config: DataConfig) -> Source:
     """The source, in a wrapper that cleans its documents where something is to be cleaned."""
     cleaning = cleaning_of(config)
-    return source if replace(cleaning, similarity=Cleaning.similarity) == Cleaning() else Cleaned(source, cleaning)
+    return Cleaned(source, cleaning) if cleaning.changes_text else source
 
 
 def cleaning_of(config: DataConfig) -> Cleaning:

@@ -145,9 +145,6 @@ class Download(Source):
     def read(self, path: Path) -> Iterator[Document]:
         yield from read_documents(path, self.reading, self._count)
 
-    def _count(self, size: int) -> None:
-        self.bytes_read += size
-
     @property
     def settings(self) -> dict:
         return asdict(self.reading)

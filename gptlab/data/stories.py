@@ -1,27 +1,22 @@
-"""Text whose entropy is known exactly: stories in English and Spanish, and questions that only their facts answer.
+"""Text of exactly known entropy: short stories in English and Spanish, and questions that only their facts answer.
 
-A grammar is a probabilistic state machine, `step(state)`, whose alternatives at any state are prefix-free. So a text
-has one derivation, its probability is the product of its choices, and the entropy follows by recursion. What is hard
-here are latent facts, bound early and needed late; noise there is none, since answers have probability 1.
-
-To extend it, add a line to LINES, in the small language of slots that `_slot` reads; `Grammar.alternatives` refuses
-what has two derivations.
+What is hard here are latent facts, bound early and needed late; noise there is none, since answers have probability 1.
+To extend the grammar, add a line to LINES, in the small language of slots that `_slot` reads; what would have two
+derivations is refused. Another one is a `Grammar` of another `step`.
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gptlab.data.corpus import Optimum, Source
+from gptlab.data.corpus import Source
 from gptlab.data.document import Document
+from gptlab.data.grammar import Choice, Grammar, Optimum
 
 LINES_A_STORY = 3
 NUMBERS = tuple("23456789")
@@ -81,17 +76,6 @@ class State(NamedTuple):
     lines_left: int = LINES_A_STORY
 
 
-class Choice(NamedTuple):
-    """One alternative: its text, and the state after it. A `then` begins where what `state` leads to has ended."""
-
-    probability: float
-    text: str
-    state: Any
-    kind: str  # grammar, recall, arithmetic, counting
-    fact: str | None = None  # what it tells of: new with kind grammar, again with recall
-    then: Any = None
-
-
 def step(state: State) -> list[Choice]:
     """The alternatives at `state`; none at its end."""
     if state.line:
@@ -123,7 +107,7 @@ def _slot(language: str, slot: str, facts: dict[str, str]) -> list[tuple[float, 
     """What may stand in a slot, each as probability, text, the facts after it, kind, and the fact told.
 
     {name1} is drawn where it is new, unlike name2, and else repeated; {name*} that of one of the two, the same one all
-    through the line; {n+x} a sum; {1..x} all numbers up to x; {k*ta} draws k, and says "ta" so often; {#k}, how often.
+    through the line; {n+x} a sum; {1..x} all numbers up to x; {k*ta} draws k, and says "ta" so often; {#k} that number.
     """
     if slot.startswith("1.."):
         return [(1.0, " ".join(map(str, range(1, int(facts[slot[3:]]) + 1))), facts, "counting", None)]
@@ -152,9 +136,9 @@ def _after(state: State, facts: dict[str, str]) -> State:
     """The state one part further on, with the facts that are still needed."""
     part, parts = state.part + 1, _parts(state.line)
     ends = part == len(parts)
-    needed = (frozenset() if ends else _read(state.line, part)) | (
-        _asked(state.language) if state.lines_left else set()
-    )
+    needed = frozenset() if ends else _read(state.line, part)
+    if state.lines_left:
+        needed |= _asked(state.language)
     kept = tuple(sorted((fact, value) for fact, value in facts.items() if fact in needed))
     return state._replace(line="" if ends else state.line, part=0 if ends else part, facts=kept)
 
@@ -179,108 +163,6 @@ def _asked(language: str) -> frozenset[str]:
     return frozenset().union(*(_read(line, 1) for line in LINES[language]))
 
 
-class Measures(NamedTuple):
-    """Of all that may follow a state, exactly: entropy in nats, the expected length, and the greatest, in bytes."""
-
-    entropy: float
-    mean_bytes: float
-    most_bytes: int
-
-
-class Grammar:
-    """A state machine as a distribution over texts. Raises ValueError, naming the state, where it is none."""
-
-    def __init__(self, step: Callable[[Any], list[Choice]], start: Any):
-        self.step, self.start = step, start
-        self.alternatives = lru_cache(maxsize=2**14)(self._alternatives)  # those of all states would fill 100 MB
-        self.measures = cache(self._measures)
-
-    def _alternatives(self, state: Any) -> list[Choice]:
-        choices = self.step(state)
-        if choices and not math.isclose(total := sum(choice.probability for choice in choices), 1, abs_tol=1e-9):
-            raise ValueError(f"{state}: the probabilities sum to {total}")
-        texts = sorted(choice.text.encode() for choice in choices)
-        for one, other in pairwise(texts):  # a prefix stands right before what it begins
-            if other.startswith(one):
-                raise ValueError(f"{state}: {one.decode()!r} begins {other.decode()!r}: a text has two derivations")
-        if b"" in texts:
-            raise ValueError(f"{state}: a choice has no text")
-        return choices
-
-    def _measures(self, state: Any) -> Measures:
-        entropy, mean, most = 0.0, 0.0, 0
-        for choice in self._alternatives(state):  # each state comes up once
-            follow = [self.measures(choice.state)] + ([self.measures(choice.then)] if choice.then is not None else [])
-            size = len(choice.text.encode())
-            entropy += choice.probability * (sum(part.entropy for part in follow) - math.log(choice.probability))
-            mean += choice.probability * (size + sum(part.mean_bytes for part in follow))
-            most = max(most, size + sum(part.most_bytes for part in follow))
-        return Measures(entropy, mean, most)
-
-    def sample(self, rng: random.Random) -> list[Choice]:
-        """A derivation; its text is that of its choices, one after the other."""
-
-        def draw(choices: list[Choice]) -> Choice:
-            at = rng.random()
-            for choice in choices:
-                at -= choice.probability
-                if at < 0:
-                    return choice
-            return choices[-1]
-
-        return [choice for _, choice in self._walk(draw)]
-
-    def parse(self, text: str) -> list[Choice]:
-        """The derivation of `text`. Raises ValueError if it has none."""
-        return [choice for _, choice in self._follow(text)]
-
-    def optimum(self, text: str) -> Optimum:
-        """What the best possible model makes of `text`, its end being certain. Raises ValueError if it has none."""
-        nll: list[float] = []
-        kinds: list[str] = []
-        distances: list[int] = []
-        told: dict[str, int] = {}  # where each fact stood last
-        for choices, choice in self._follow(text):
-            start, content = len(nll), choice.text.encode()
-            distance = start - told[choice.fact] if choice.kind == "recall" else -1
-            alive, mass = [(other.text.encode(), other.probability) for other in choices], 1.0
-            for place in range(len(content)):
-                alive = [(other, p) for other, p in alive if other[place : place + 1] == content[place : place + 1]]
-                left = sum(p for _, p in alive) if len(alive) > 1 else choice.probability
-                nll.append(math.log(mass / left))
-                mass = left
-            kinds += [choice.kind] * len(content)
-            distances += [distance] * len(content)
-            if choice.fact is not None:
-                told[choice.fact] = start
-        return Optimum(np.array([*nll, 0.0]), np.array([*kinds, "grammar"]), np.array([*distances, -1]))
-
-    def _follow(self, text: str) -> Iterator[tuple[list[Choice], Choice]]:
-        at = 0
-
-        def find(choices: list[Choice]) -> Choice:
-            nonlocal at
-            for choice in choices:
-                if text.startswith(choice.text, at):
-                    at += len(choice.text)
-                    return choice
-            raise ValueError(f"no text of this grammar: {text[:at]!r} cannot go on with {text[at : at + 20]!r}")
-
-        yield from self._walk(find)
-        if at < len(text):
-            raise ValueError(f"no text of this grammar: {text[:at]!r} is whole, and {text[at : at + 20]!r} follows")
-
-    def _walk(self, choose: Callable[[list[Choice]], Choice]) -> Iterator[tuple[list[Choice], Choice]]:
-        waiting = [self.start]
-        while waiting:
-            choices = self.alternatives(waiting.pop())
-            if not choices:
-                continue
-            choice = choose(choices)
-            waiting += [choice.state] if choice.then is None else [choice.then, choice.state]
-            yield choices, choice
-
-
 GRAMMAR = Grammar(step, State())
 
 
@@ -294,8 +176,6 @@ def _text(choices: list[Choice]) -> str:
 
 class Stories(Source):
     """`documents` texts of the grammar; the i-th is a function of (seed, i) alone."""
-
-    knows_optimum = True
 
     def __init__(self, documents: int, seed: int):
         if documents < 1:
@@ -313,10 +193,15 @@ class Stories(Source):
             yield Document(f"story {index}", story(self.seed, index))
 
     @property
+    def kinds(self) -> list[type]:
+        return [Stories, Grammar]
+
+    @property
     def settings(self) -> dict:
         return {"documents": self.count, "seed": self.seed}
 
     def optimum(self, text: str) -> Optimum:
+        """What the best possible model makes of a story. Raises ValueError for a text that cannot come up."""
         return GRAMMAR.optimum(text)
 
 

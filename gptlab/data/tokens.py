@@ -27,6 +27,7 @@ from gptlab.data import encoding
 from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_rule
 from gptlab.data.document import Document
 from gptlab.data.encoding import SIDES
+from gptlab.data.workers import processes
 from gptlab.files import sha256_of_file
 from gptlab.run import write_json
 from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
@@ -230,7 +231,8 @@ def _trained_tokenizer(text: _SplitText, build: Callable[..., Tokenizer], cache:
 def _once(folder: Path, load: Callable[[Path], T], build: Callable[[Path], None]) -> T:
     """What `load` makes of `folder`. Where it raises ValueError, `build` fills the folder first.
 
-    One process builds at a time. What it leaves when it is killed does not load, and the next one starts afresh.
+    One process builds at a time. What it leaves when it is killed does not load; the next one starts afresh, or, where
+    there is a journal of how far it had come, goes on.
     """
     try:
         return load(folder)
@@ -266,7 +268,7 @@ def _build(
     _require_space(folder, text, tokenizer, np.dtype(dtype).itemsize)
     tokenizer.save(folder / "tokenizer")
     text_bytes = sum(file["size"] for files in text.files.values() for file in files)
-    assert text.rule  # found now: it may take a reading of its own
+    rule = text.rule  # found now, since it may take a reading of its own
     before = text.bytes_read
     progress = encoding.Progress(text_bytes, lambda: text.bytes_read - before)
     try:
@@ -275,7 +277,7 @@ def _build(
             text.pieces(),
             tokenizer,
             dtype,
-            workers=encoding.processes(workers, text_bytes),
+            workers=processes(workers, text_bytes),
             trust=trust,
             progress=progress,
         )
@@ -285,7 +287,7 @@ def _build(
         "format": FORMAT,
         "dtype": dtype,
         "splits": splits,
-        "split": {"rule": text.rule, "fraction": text.fraction},
+        "split": {"rule": rule, "fraction": text.fraction},
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": EOS_ID,
@@ -293,6 +295,7 @@ def _build(
         "versions": {name: version(name) for name in ("gptlab", "numpy", "sentencepiece")},
     }
     write_json(folder / "meta.json", meta)
+    encoding.finish(folder)
     tokens = sum(split["tokens"] for split in splits.values())
     log.info("prepared %d tokens in %.1f s: %s", tokens, time.monotonic() - start, folder)
 
