@@ -8,11 +8,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from gptlab.data import batches, encoding, tokens
 from gptlab.data.changes import differences
@@ -316,6 +320,15 @@ def test_a_process_that_dies_is_told(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Workers, "__enter__", enter)
     with pytest.raises(RuntimeError, match=r"a process that encodes text has ended with exit code -9.* start again"):
         build(corpus(3), tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("size", [0, 7, 30])
+def test_a_process_whose_asker_dies_ends_without_a_word(corpus, tmp_path, size):
+    folder = build(corpus(1), tmp_path).folder / "tokenizer"
+    command = [sys.executable, "-m", "gptlab.data.workers", str(folder), "<u2"]
+    message = struct.pack("<QQ", 100, 0) + b'[["train", "half of a '
+    done = subprocess.run(command, input=message[:size], capture_output=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_as_many_processes_as_are_worth_it():

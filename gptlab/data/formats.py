@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from gptlab.data.document import Document, decode_text, without_gutenberg
 
 WHOLE_BYTES = 2**24  # a text file up to this size is one piece; no book is larger
-PART_BYTES = 2**22
+PART_BYTES = 2**20
 READINGS = ("auto", "file", "line", "separator", "field")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 NOTHING = "{} holds no text; remove it from the data, or check that it was written whole"

@@ -101,11 +101,15 @@ def _send(file: Any, head: object, content: bytes = b"") -> None:
 
 
 def _receive(file: Any) -> tuple[Any, bytes]:
-    sizes = file.read(16)
-    if len(sizes) < 16:
+    """The next message. Raises EOFError where the other side has ended, be it in the middle of one."""
+    text_size, content_size = struct.unpack("<QQ", _exactly(file, 16))
+    return json.loads(_exactly(file, text_size)), _exactly(file, content_size)
+
+
+def _exactly(file: Any, size: int) -> bytes:
+    if len(found := file.read(size)) < size:
         raise EOFError
-    text, content = (file.read(size) for size in struct.unpack("<QQ", sizes))
-    return json.loads(text), content
+    return found
 
 
 @contextmanager
