@@ -106,6 +106,17 @@ def test_startup():
 
 
 @pytest.mark.slow
+def test_data():
+    output = run("data", "--megabytes=2", "--rounds=1", "--sizes", "2", "--kills=2")
+    speed, memory = tables(output)
+    assert number(speed["0 processes"][1]) == 1
+    assert number(speed["0 processes"][0]) > 0.1
+    assert number(memory["2"][0]) > number(memory["2"][1]) > 100
+    assert "2 builds of 2 MB killed" in output
+    assert output.rstrip().endswith("the bytes are the same")
+
+
+@pytest.mark.slow
 def test_scaling():
     steps, corpus = tables(
         run(

@@ -123,18 +123,16 @@ def _stdout_kept() -> Iterator[BinaryIO]:
 def work(tokenizer_folder: str, dtype: str, *trust: str) -> None:
     """What a process does that encodes for another: answer each batch on standard input, until there are no more."""
     tokenizer = load_tokenizer(tokenizer_folder, trust)
-    with _stdout_kept() as messages:
+    with suppress(EOFError, BrokenPipeError), _stdout_kept() as messages:  # the one who asked has ended
         while True:
-            try:
-                batch, _ = _receive(sys.stdin.buffer)
-            except EOFError:
-                return
+            batch, _ = _receive(sys.stdin.buffer)
             try:
                 sides = encode_batch(tokenizer, dtype, batch)
-                head = [(side, len(encoded.content), encoded.sums()) for side, encoded in sides.items()]
-                _send(messages, head, b"".join(encoded.content for encoded in sides.values()))
             except ValueError as error:
                 _send(messages, str(error))
+                continue
+            head = [(side, len(encoded.content), encoded.sums()) for side, encoded in sides.items()]
+            _send(messages, head, b"".join(encoded.content for encoded in sides.values()))
 
 
 if __name__ == "__main__":
