@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
 GUTENBERG_START = re.compile(r"^\*{3} *START OF [^*]*PROJECT GUTENBERG[^*]*\*{3}.*\n", re.MULTILINE | re.IGNORECASE)
 GUTENBERG_END = re.compile(r"^\*{3} *END OF [^*]*PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
@@ -20,8 +22,19 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True)
+class Optimum:
+    """What the best possible model makes of a text, of n bytes in UTF-8; all (n,)."""
+
+    nll: np.ndarray  # -log p of each byte after those before it, in nats
+    kinds: np.ndarray  # of the choice that it belongs to, a word such as "recall"
+    distances: np.ndarray  # bytes back to where the fact that it repeats stood last; -1 where it repeats none
+
+
 class Source(ABC):
     """Where text comes from. It can be read many times, and gives the same documents in the same order each time."""
+
+    knows_optimum = False  # whether the probability of a document is known, as it is where documents are generated
 
     @abstractmethod
     def paths(self) -> list[Path]:
@@ -39,6 +52,10 @@ class Source(ABC):
     def settings(self) -> dict:
         """What else changes the documents, in plain types: with the files' bytes, it tells when a cache is stale."""
         return {}
+
+    def optimum(self, text: str) -> Optimum:
+        """Of a document, where the source `knows_optimum`. Raises ValueError for a text that cannot come up."""
+        raise NotImplementedError
 
 
 class Files(Source):
