@@ -1,4 +1,7 @@
-"""What a compressor and a fitted 5-gram make of the stories, beside their floor: `python -m experiments.floor.baselines`"""
+"""What a compressor and a fitted 5-gram make of the stories, beside their floor.
+
+python -m experiments.floor.baselines
+"""
 
 import lzma
 import math

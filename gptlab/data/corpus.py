@@ -24,9 +24,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Optimum:
-    """What the best possible model makes of a text, of n bytes in UTF-8; all (n,)."""
+    """What the best possible model makes of a text of n bytes in UTF-8, and last of its end; all (n + 1,)."""
 
-    nll: np.ndarray  # -log p of each byte after those before it, in nats
+    nll: np.ndarray  # -log p of each after those before it, in nats
     kinds: np.ndarray  # of the choice that it belongs to, a word such as "recall"
     distances: np.ndarray  # bytes back to where the fact that it repeats stood last; -1 where it repeats none
 

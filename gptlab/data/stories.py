@@ -1,4 +1,4 @@
-"""Text whose entropy is known exactly: short stories in English and Spanish, and questions that only their facts answer.
+"""Text of exactly known entropy: short stories in English and Spanish, and questions that only their facts answer.
 
 A grammar is a probabilistic state machine, `step(state)`, whose alternatives at any state are prefix-free. So a text
 has one derivation, its probability is the product of its choices, and the entropy follows by recursion. What is hard
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ def _slot(language: str, slot: str, facts: dict[str, str]) -> list[tuple[float, 
     """What may stand in a slot, each as probability, text, the facts after it, kind, and the fact told.
 
     {name1} is drawn where it is new, unlike name2, and else repeated; {name*} that of one of the two, the same one all
-    through the line; {n+x} a sum; {1..x} all numbers up to x; {k*ta} draws k, and says "ta" so often; {#k} is how often.
+    through the line; {n+x} a sum; {1..x} all numbers up to x; {k*ta} draws k, and says "ta" so often; {#k} that number.
     """
     if slot.startswith("1.."):
         return [(1.0, " ".join(map(str, range(1, int(facts[slot[3:]]) + 1))), facts, "counting", None)]
@@ -150,7 +151,9 @@ def _after(state: State, facts: dict[str, str]) -> State:
     """The state one part further on, with the facts that are still needed."""
     part, parts = state.part + 1, _parts(state.line)
     ends = part == len(parts)
-    needed = (frozenset() if ends else _read(state.line, part)) | (_asked(state.language) if state.lines_left else set())
+    needed = frozenset() if ends else _read(state.line, part)
+    if state.lines_left:
+        needed |= _asked(state.language)
     kept = tuple(sorted((fact, value) for fact, value in facts.items() if fact in needed))
     return state._replace(line="" if ends else state.line, part=0 if ends else part, facts=kept)
 
@@ -196,7 +199,7 @@ class Grammar:
         if choices and not math.isclose(total := sum(choice.probability for choice in choices), 1, abs_tol=1e-9):
             raise ValueError(f"{state}: the probabilities sum to {total}")
         texts = sorted(choice.text.encode() for choice in choices)
-        for one, other in zip(texts, texts[1:], strict=False):  # a prefix stands right before what it begins
+        for one, other in pairwise(texts):  # a prefix stands right before what it begins
             if other.startswith(one):
                 raise ValueError(f"{state}: {one.decode()!r} begins {other.decode()!r}: a text has two derivations")
         if b"" in texts:
@@ -231,7 +234,7 @@ class Grammar:
         return [choice for _, choice in self._follow(text)]
 
     def optimum(self, text: str) -> Optimum:
-        """What the best possible model makes of each byte of `text`. Raises ValueError if it cannot come up."""
+        """What the best possible model makes of `text`; its end is certain. Raises ValueError if it cannot come up."""
         nll: list[float] = []
         kinds: list[str] = []
         distances: list[int] = []
@@ -249,7 +252,7 @@ class Grammar:
             distances += [distance] * len(content)
             if choice.fact is not None:
                 told[choice.fact] = start
-        return Optimum(np.array(nll), np.array(kinds), np.array(distances))
+        return Optimum(np.array([*nll, 0.0]), np.array([*kinds, "grammar"]), np.array([*distances, -1]))
 
     def _follow(self, text: str) -> Iterator[tuple[list[Choice], Choice]]:
         at = 0
