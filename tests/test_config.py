@@ -148,7 +148,8 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth",
-    1: "engine checkpoint run jobs data.changes data.corpus data.sources data.stories data.tokens data.windows",
+    1: "engine checkpoint run jobs data.changes data.corpus data.grammar data.sources data.stories data.tokens "
+    "data.windows",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "

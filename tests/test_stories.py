@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from experiments.floor.baselines import lzma_bits_per_byte, ngram_excess
+from gptlab.data.grammar import Choice, Grammar
 from gptlab.data.stories import (
     GRAMMAR,
     LINES,
     STORIES,
-    Choice,
-    Grammar,
     Stories,
     conversation,
     preference,

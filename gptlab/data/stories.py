@@ -1,26 +1,21 @@
 """Text of exactly known entropy: short stories in English and Spanish, and questions that only their facts answer.
 
-A grammar is a probabilistic state machine, `step(state)`, whose alternatives at any state are prefix-free. So a text
-has one derivation, its probability is the product of its choices, and the entropy follows by recursion. What is hard
-here are latent facts, bound early and needed late; noise there is none, since answers have probability 1.
-
-To extend it, add a line to LINES, in the small language of slots that `_slot` reads; `Grammar.alternatives` refuses
-what has two derivations.
+What is hard here are latent facts, bound early and needed late; noise there is none, since answers have probability 1.
+To extend the grammar, add a line to LINES, in the small language of slots that `_slot` reads; what would have two
+derivations is refused. Another one is a `Grammar` of another `step`.
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gptlab.data.corpus import Document, Optimum, Source
+from gptlab.data.grammar import Choice, Grammar
 
 LINES_A_STORY = 3
 NUMBERS = tuple("23456789")
@@ -78,17 +73,6 @@ class State(NamedTuple):
     part: int = 0
     facts: tuple[tuple[str, str], ...] = ()  # those that what follows may need: few, so that states are few
     lines_left: int = LINES_A_STORY
-
-
-class Choice(NamedTuple):
-    """One alternative: its text, and the state after it. A `then` begins where what `state` leads to has ended."""
-
-    probability: float
-    text: str
-    state: Any
-    kind: str  # grammar, recall, arithmetic, counting
-    fact: str | None = None  # what it tells of: new with kind grammar, again with recall
-    then: Any = None
 
 
 def step(state: State) -> list[Choice]:
@@ -178,108 +162,6 @@ def _asked(language: str) -> frozenset[str]:
     return frozenset().union(*(_read(line, 1) for line in LINES[language]))
 
 
-class Measures(NamedTuple):
-    """Of all that may follow a state, exactly: entropy in nats, the expected length, and the greatest, in bytes."""
-
-    entropy: float
-    mean_bytes: float
-    most_bytes: int
-
-
-class Grammar:
-    """A state machine as a distribution over texts. Raises ValueError, naming the state, where it is none."""
-
-    def __init__(self, step: Callable[[Any], list[Choice]], start: Any):
-        self.step, self.start = step, start
-        self.alternatives = lru_cache(maxsize=2**14)(self._alternatives)  # those of all states would fill 100 MB
-        self.measures = cache(self._measures)
-
-    def _alternatives(self, state: Any) -> list[Choice]:
-        choices = self.step(state)
-        if choices and not math.isclose(total := sum(choice.probability for choice in choices), 1, abs_tol=1e-9):
-            raise ValueError(f"{state}: the probabilities sum to {total}")
-        texts = sorted(choice.text.encode() for choice in choices)
-        for one, other in pairwise(texts):  # a prefix stands right before what it begins
-            if other.startswith(one):
-                raise ValueError(f"{state}: {one.decode()!r} begins {other.decode()!r}: a text has two derivations")
-        if b"" in texts:
-            raise ValueError(f"{state}: a choice has no text")
-        return choices
-
-    def _measures(self, state: Any) -> Measures:
-        entropy, mean, most = 0.0, 0.0, 0
-        for choice in self._alternatives(state):  # each state comes up once
-            follow = [self.measures(choice.state)] + ([self.measures(choice.then)] if choice.then is not None else [])
-            size = len(choice.text.encode())
-            entropy += choice.probability * (sum(part.entropy for part in follow) - math.log(choice.probability))
-            mean += choice.probability * (size + sum(part.mean_bytes for part in follow))
-            most = max(most, size + sum(part.most_bytes for part in follow))
-        return Measures(entropy, mean, most)
-
-    def sample(self, rng: random.Random) -> list[Choice]:
-        """A derivation; its text is that of its choices, one after the other."""
-
-        def draw(choices: list[Choice]) -> Choice:
-            at = rng.random()
-            for choice in choices:
-                at -= choice.probability
-                if at < 0:
-                    return choice
-            return choices[-1]
-
-        return [choice for _, choice in self._walk(draw)]
-
-    def parse(self, text: str) -> list[Choice]:
-        """The derivation of `text`. Raises ValueError if it has none."""
-        return [choice for _, choice in self._follow(text)]
-
-    def optimum(self, text: str) -> Optimum:
-        """What the best possible model makes of `text`; its end is certain. Raises ValueError if it cannot come up."""
-        nll: list[float] = []
-        kinds: list[str] = []
-        distances: list[int] = []
-        told: dict[str, int] = {}  # where each fact stood last
-        for choices, choice in self._follow(text):
-            start, content = len(nll), choice.text.encode()
-            distance = start - told[choice.fact] if choice.kind == "recall" else -1
-            alive, mass = [(other.text.encode(), other.probability) for other in choices], 1.0
-            for place in range(len(content)):
-                alive = [(other, p) for other, p in alive if other[place : place + 1] == content[place : place + 1]]
-                left = sum(p for _, p in alive) if len(alive) > 1 else choice.probability
-                nll.append(math.log(mass / left))
-                mass = left
-            kinds += [choice.kind] * len(content)
-            distances += [distance] * len(content)
-            if choice.fact is not None:
-                told[choice.fact] = start
-        return Optimum(np.array([*nll, 0.0]), np.array([*kinds, "grammar"]), np.array([*distances, -1]))
-
-    def _follow(self, text: str) -> Iterator[tuple[list[Choice], Choice]]:
-        at = 0
-
-        def find(choices: list[Choice]) -> Choice:
-            nonlocal at
-            for choice in choices:
-                if text.startswith(choice.text, at):
-                    at += len(choice.text)
-                    return choice
-            raise ValueError(f"no text of this grammar: {text[:at]!r} cannot go on with {text[at : at + 20]!r}")
-
-        yield from self._walk(find)
-        if at < len(text):
-            raise ValueError(f"no text of this grammar: {text[:at]!r} is whole, and {text[at : at + 20]!r} follows")
-
-    def _walk(self, choose: Callable[[list[Choice]], Choice]) -> Iterator[tuple[list[Choice], Choice]]:
-        waiting = [self.start]
-        while waiting:
-            choices = self.alternatives(waiting.pop())
-            if not choices:
-                continue
-            choice = choose(choices)
-            waiting += [choice.state] if choice.then is None else [choice.then, choice.state]
-            yield choices, choice
-
-
 GRAMMAR = Grammar(step, State())
 
 
@@ -313,7 +195,7 @@ class Stories(Source):
 
     @property
     def settings(self) -> dict:
-        return {"documents": self.count, "seed": self.seed}
+        return {"documents": self.count, "seed": self.seed, "first": story(self.seed, 0)}  # tells how they are drawn
 
     def optimum(self, text: str) -> Optimum:
         return GRAMMAR.optimum(text)
