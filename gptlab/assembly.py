@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gptlab import config, cost, profilers, ranks
 from gptlab.callbacks.averaging import MovingAverage
+from gptlab.callbacks.floor import Floor
 from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
@@ -262,6 +263,7 @@ class Watchers:
         self.samples: Samples = config.make(cfg["samples"])
         self.samples.path = folder.samples
         self.alerts = Alerts(self.monitor)
+        self.floor = Floor(folder.floor)
         self.checkpoints: Checkpoints = config.make(cfg["checkpoint"])
         self.checkpoints.folder, self.checkpoints.requests = folder.checkpoints, self.requests
         self.record = RunRecord(folder, self.monitor, self.budget)
@@ -278,6 +280,7 @@ class Watchers:
             self.monitor,
             self.samples,
             self.alerts,
+            self.floor,
             *(callback for callback in self.extra if callback not in averages),
             ConsoleLines(self.monitor, self.budget),
             self.record,

@@ -62,6 +62,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.status_file = self.path / "status.json"
         self.result = self.path / "result.json"
+        self.floor = self.path / "floor.json"
         self._lock = FileLock(self.path / ".lock")
 
     @classmethod

@@ -152,7 +152,7 @@ FLOORS = {
     "data.document data.encoding data.formats data.grammar data.remote "
     "data.sources data.stories data.tokens data.windows data.workers",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
-    "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
+    "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "
     "staged train prepare __main__",
 }

@@ -1,183 +1,218 @@
-"""A grammar's figures are those of its texts: one derivation each, whose probability, entropy and bytes agree."""
+"""Stories whose entropy is known: one derivation a text, exact figures, and a floor that runs are held to."""
 
-import itertools
-import lzma
 import math
 import random
 import re
-from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from experiments.floor.baselines import lzma_bits_per_byte, ngram_excess
 from gptlab.data.grammar import Choice, Grammar
 from gptlab.data.stories import (
     GRAMMAR,
+    LINES,
+    STORIES,
     Stories,
     conversation,
     preference,
     reward,
-    step,
     story,
     tool_conversation,
 )
 from gptlab.data.tokens import prepare
-from gptlab.tokenizer import ByteTokenizer
+from gptlab.tokenizer import EOS_ID, ByteTokenizer
 
-TEXTS = [story(seed=3, index=index) for index in range(1500)]
-
-
-def states(limit: int = 4000) -> list:
-    """States in the order in which they are reached."""
-    found, waiting = dict.fromkeys([GRAMMAR.start]), [GRAMMAR.start]
-    while waiting and len(found) < limit:
-        for choice in step(waiting.pop(0)):
-            for state in (choice.state, choice.then):
-                if state is not None and state not in found:
-                    found[state] = None
-                    waiting.append(state)
-    return list(found)
+TEXTS = [story(seed=5, index=index) for index in range(1500)]
+FOLLOWS = "end"  # a state of the small grammars below, with nothing after it
 
 
-def test_alternatives_are_a_prefix_free_distribution():
-    for state in states():
-        choices = step(state)
-        assert not choices or math.isclose(sum(choice.probability for choice in choices), 1)
-        for one, other in itertools.permutations([choice.text for choice in choices], 2):
-            assert not other.startswith(one), state
+def toy(alternatives: dict[str, list[Choice]]) -> Grammar:
+    return Grammar(lambda state: alternatives.get(state, []), "start")
+
+
+# The grammar
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Its recursion looks at every state, and so checks them all."""
+    return GRAMMAR.measures(GRAMMAR.start)
+
+
+def test_documents_fit_a_context_of_256_bytes_with_their_end(exact):
+    assert max(len(text.encode()) for text in TEXTS) <= exact.most_bytes <= 255
+
+
+def test_the_mean_of_samples_is_the_exact_entropy_within_its_error(exact):
+    nll = np.array([GRAMMAR.optimum(text).nll.sum() for text in TEXTS])
+    sizes = np.array([len(text.encode()) for text in TEXTS])
+    for found, expected in ((nll, exact.entropy), (sizes, exact.mean_bytes)):
+        assert abs(found.mean() - expected) < 3.5 * found.std() / math.sqrt(len(found))
+    assert nll.std() / math.sqrt(len(nll)) < 0.01 * exact.entropy  # narrow enough to mean something
 
 
 def test_a_text_has_the_derivation_that_made_it():
-    for index in range(300):
-        made = GRAMMAR.sample(random.Random(f"3/{index}"))
-        assert "".join(choice.text for choice in made) == TEXTS[index]
-        assert GRAMMAR.parse(TEXTS[index]) == made
-
-
-def test_bytes_add_up_to_the_probability_of_the_document():
-    for text in TEXTS[:300]:
+    for index in range(200):
+        made = GRAMMAR.sample(random.Random(index))
+        text = "".join(choice.text for choice in made)
+        assert GRAMMAR.parse(text) == made
         optimum = GRAMMAR.optimum(text)
+        assert optimum.nll.sum() == pytest.approx(-sum(math.log(choice.probability) for choice in made), abs=1e-9)
         assert len(optimum.nll) == len(optimum.kinds) == len(optimum.distances) == len(text.encode()) + 1
-        exact = -sum(math.log(choice.probability) for choice in GRAMMAR.parse(text))
-        assert optimum.nll.sum() == pytest.approx(exact, abs=1e-9)
-        assert optimum.nll.min() > -1e-12
+        assert (optimum.nll > -1e-12).all()
 
 
-def test_entropy_and_length_are_those_of_samples():
-    exact = GRAMMAR.measures(GRAMMAR.start)
-    for known, found in (
-        (exact.entropy, [GRAMMAR.optimum(text).nll.sum() for text in TEXTS]),
-        (exact.mean_bytes, [len(text.encode()) for text in TEXTS]),
-    ):
-        assert abs(known - np.mean(found)) < 4 * np.std(found) / math.sqrt(len(found))
-    assert max(len(text.encode()) for text in TEXTS) <= exact.most_bytes < 256  # with its end, it fits a block of 256
+def test_nothing_else_is_a_text():
+    text = TEXTS[0]
+    for wrong in (text[:-1], text + "Q", text.replace("a", "e", 1), "", "\n" + text):
+        with pytest.raises(ValueError, match="no text of this grammar"):
+            GRAMMAR.optimum(wrong)
 
 
-def test_entropy_of_a_grammar_that_one_can_count():
-    def coins(state: int) -> list[Choice]:
-        sides = (("heads ", 0.25), ("tails ", 0.75))
-        return [Choice(p, text, state - 1, "grammar") for text, p in sides] if state else []
+def test_a_byte_costs_what_tells_alternatives_apart():
+    choices = [Choice(p, text, FOLLOWS, "grammar") for p, text in ((0.5, "ab"), (0.25, "ac"), (0.25, "é"))]
+    optimum = toy({"start": choices}).optimum("ac")
+    assert optimum.nll == pytest.approx([-math.log(0.75), -math.log(1 / 3), 0])
+    assert toy({"start": choices}).optimum("é").nll == pytest.approx([-math.log(0.25), 0, 0])
+    assert toy({"start": choices}).measures("start").entropy == pytest.approx(1.5 * math.log(2))
 
-    found = Grammar(coins, 3).measures(3)
-    assert found.entropy == pytest.approx(3 * -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
-    assert found.mean_bytes == found.most_bytes == 18
+
+def test_what_begins_after_a_part_has_ended_adds_to_its_entropy():
+    coin = [Choice(0.5, side, FOLLOWS, "grammar") for side in "ht"]
+    grammar = toy({"start": [Choice(1.0, "!", "coin", "grammar", then="coin")], "coin": coin})
+    assert grammar.measures("start").entropy == pytest.approx(2 * math.log(2))
+    drawn = ("".join(choice.text for choice in grammar.sample(random.Random(seed))) for seed in range(40))
+    assert set(drawn) == {"!hh", "!ht", "!th", "!tt"}
 
 
 @pytest.mark.parametrize(
-    ("choices", "says"),
+    ("alternatives", "said"),
     [
-        ([Choice(0.5, "a", "", "grammar"), Choice(0.5, "ab", "", "grammar")], r"start: 'a' begins 'ab'"),
-        ([Choice(0.5, "a", "", "grammar"), Choice(0.5, "a", "", "grammar")], r"start: 'a' begins 'a'"),
-        ([Choice(0.5, "a", "", "grammar"), Choice(0.4, "b", "", "grammar")], r"start: the probabilities sum to 0.9"),
-        ([Choice(1.0, "", "", "grammar")], r"start: a choice has no text"),
+        ([(0.5, "1"), (0.5, "12")], "'1' begins '12'"),
+        ([(0.5, "a"), (0.5, "a")], "'a' begins 'a'"),
+        ([(0.5, "a"), (0.4, "b")], "sum to 0.9"),
+        ([(1.0, "")], "no text"),
     ],
 )
-def test_a_broken_grammar_is_refused(choices, says):
-    grammar = Grammar(lambda state: choices if state == "start" else [], "start")
-    with pytest.raises(ValueError, match=says):
-        grammar.measures("start")
+def test_a_broken_grammar_is_refused_with_the_state_named(alternatives, said):
+    grammar = toy({"start": [Choice(p, text, FOLLOWS, "grammar") for p, text in alternatives]})
+    sample, parse = (lambda: grammar.sample(random.Random(0))), (lambda: grammar.parse("a"))
+    for use in (lambda: grammar.measures("start"), sample, parse):
+        with pytest.raises(ValueError, match=f"start: .*{said}"):
+            use()
 
 
-@pytest.mark.parametrize("spoil", [lambda text: text + "x", lambda text: text[:-9], lambda text: "x" + text])
-def test_a_text_of_no_story_is_refused(spoil):
-    with pytest.raises(ValueError, match="no text of this grammar"):
-        GRAMMAR.parse(spoil(TEXTS[0]))
+def test_a_document_depends_on_its_seed_and_index_alone():
+    again = [document.text for document in Stories(documents=20, seed=5).documents()]
+    assert again == TEXTS[:20]
+    assert [document.text for document in Stories(documents=20, seed=6).documents()] != again
+    # The same on any machine. A change of the grammar shows here: runs before it compare with none after.
+    assert story(1, 5) == (
+        "Once Rita had 8 pink keys. The key of Tom was green.\nQ: Who has something pink?\nA: Rita.\n"
+        "Count to 3: 1 2 3.\nQ: Add 8 by tool.\nT: add(8, 8)\nO: 16\nA: 16.\n"
+    )
 
 
-def test_recall_says_how_far_back_the_fact_stands():
-    repeated = 0
-    for text in TEXTS[:200]:
-        optimum, content = GRAMMAR.optimum(text), text.encode()
-        recalls = np.flatnonzero(optimum.distances >= 0)
-        assert set(optimum.kinds[recalls]) <= {"recall"}
-        for at in recalls:
-            assert content[at] == content[at - optimum.distances[at]]
-        repeated += len(recalls)
-    assert repeated > 1000
-
-
-def test_answers_are_certain_once_the_question_is_asked():
-    kinds = Counter()
-    for text in TEXTS[:300]:
-        optimum = GRAMMAR.optimum(text)
-        assert optimum.nll[np.isin(optimum.kinds, ["arithmetic", "counting"])].sum() == pytest.approx(0, abs=1e-9)
-        kinds.update(optimum.kinds.tolist())
+def test_answers_cost_nothing_and_stand_far_from_their_facts():
+    optima = list(map(GRAMMAR.optimum, TEXTS[:300]))
+    nll, kinds, distances = (
+        np.concatenate([getattr(optimum, name) for optimum in optima]) for name in ("nll", "kinds", "distances")
+    )
     assert set(kinds) == {"grammar", "recall", "arithmetic", "counting"}
+    assert nll[kinds == "arithmetic"].max() == nll[kinds == "counting"].max() == 0
+    assert ((distances > 0) == (kinds == "recall")).all()
+    assert (distances > 64).sum() > 1000
 
 
-def test_it_is_hard_for_a_compressor():
-    content = "".join(TEXTS).encode()
-    floor = sum(GRAMMAR.optimum(text).nll.sum() for text in TEXTS) / math.log(2) / len(content)
-    assert 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content) > 2 * floor
+def test_distances_lead_back_to_the_same_text():
+    for text in TEXTS[:100]:
+        content, optimum = text.encode(), GRAMMAR.optimum(text)
+        for at in np.flatnonzero(optimum.distances >= 0):
+            assert content[at] == content[at - optimum.distances[at]]
 
 
-def test_as_a_source_it_is_a_function_of_its_seed(tmp_path):
-    made = [[document.text for document in Stories(150, seed).documents()] for seed in (3, 3, 4)]
-    assert made[0] == made[1] == TEXTS[:150]
-    assert made[2] != made[0]
-    folders = {
-        prepare(Stories(count, seed), ByteTokenizer(), validation_fraction=0.1, cache=tmp_path).folder
-        for count, seed in ((150, 3), (150, 4), (200, 3))
-    }
-    assert len(folders) == 3
-    assert Stories(1, 1).optimum(TEXTS[0]).nll.sum() == GRAMMAR.optimum(TEXTS[0]).nll.sum()
-    with pytest.raises(ValueError, match=r"data.source.documents=0 must be at least 1"):
-        Stories(0, 1)
+def test_sums_and_counts_are_right():
+    for text in TEXTS[:300]:
+        for a, b, total in re.findall(r"add\((\d+), (\d+)\)\nO: (\d+)", text):
+            assert int(a) + int(b) == int(total)
+        for said, count in re.findall(r"^(?:Drum|Oye): (.*)\.\n.*\nA: (\d)", text, re.MULTILINE):
+            assert len(said.split()) == int(count)
 
 
-def test_conversations_call_the_tool_and_tell_what_it_gave():
-    called = 0
-    for index in range(200):
-        messages = tool_conversation(1, index)
-        assert messages == tool_conversation(1, index)
-        for place, said in enumerate(messages):
-            for call in said.get("tool_calls", ()):
-                total = str(sum(call["arguments"].values()))
-                assert [(m["role"], m["content"]) for m in messages[place + 1 : place + 3]] == [
-                    ("tool", total),
-                    ("assistant", f"{total}."),
-                ]
-                called += 1
-        roles = [said["role"] for said in conversation(1, index)]
-        assert roles[0] == "user"
-        assert all(a != b for a, b in itertools.pairwise(roles) if a == "user")
-    assert called >= 200
+def test_both_languages_have_the_same_questions():
+    slots = {language: [sorted(re.findall(r"\{.*?\}", line)) for line in lines] for language, lines in LINES.items()}
+    assert slots["en"] == slots["es"]
+    assert STORIES.keys() == LINES.keys()
 
 
-def test_preferences_are_drawn_at_the_odds_of_their_rewards():
-    pairs = [preference(1, index) for index in range(2000)]
-    assert pairs[7] == preference(1, 7)
-    right = 0
-    for pair in pairs:
-        assert pair.prompt[-1]["role"] in ("user", "tool")
-        assert pair.first != pair.second
-    for low, high in ((0.0, 0.2), (0.2, 0.4), (0.6, 0.8), (0.8, 1.0)):
-        some = [pair for pair in pairs if low <= pair.probability < high]
-        expected, drawn = (np.mean([getattr(p, name) for p in some]) for name in ("probability", "first_is_preferred"))
-        assert abs(expected - drawn) < 4 * 0.5 / math.sqrt(len(some))
-        right += len(some)
-    assert right > 1000
-    assert reward("red.", "red") == 3
-    assert reward("I think that it is red.", "red") == 2
-    assert reward("blue.", "red") == 1
-    assert re.search("I think|Creo", " ".join(pair.first for pair in pairs))
+def test_the_corpus_is_hard_for_what_does_not_recall(exact):
+    floor = exact.entropy / exact.mean_bytes
+    squeezed, above = lzma_bits_per_byte(TEXTS) * math.log(2), ngram_excess(TEXTS[:1200], TEXTS[1200:])
+    print(f"floor {floor:.4f} nats a byte, LZMA {squeezed / floor:.2f} times that, 5-gram {above:.4f} above it")
+    assert squeezed > 2 * floor
+    assert above > 0.2
+
+
+# For later stages
+
+
+def test_conversations_alternate_and_hold_the_text_of_the_story():
+    for index in range(100):
+        messages = conversation(5, index)
+        assert messages[0]["role"] == "user"
+        roles = [message["role"] for message in messages]
+        assert all((a, b) != ("user", "user") for a, b in pairwise(roles))
+        assert all(b == "tool" for a, b, said in zip(roles, roles[1:], messages, strict=False) if "tool_calls" in said)
+        for message in messages:
+            assert message["content"] in TEXTS[index].replace("Q: ", "")
+
+
+def test_tools_are_called_with_arguments_whose_sum_comes_back():
+    for index in range(50):
+        messages = tool_conversation(5, index)
+        calls = [at for at, message in enumerate(messages) if "tool_calls" in message]
+        assert calls
+        for at in calls:
+            (call,) = messages[at]["tool_calls"]
+            assert call["name"] == "add"
+            assert messages[at + 1] == {"role": "tool", "content": str(sum(call["arguments"].values()))}
+    assert tool_conversation(5, 3) == tool_conversation(5, 3) != tool_conversation(5, 4)
+
+
+def test_preferences_are_drawn_with_the_probability_that_they_tell():
+    pairs = [preference(5, index) for index in range(3000)]
+    assert pairs[7] == preference(5, 7)
+    assert all(pair.first != pair.second and pair.prompt[-1]["role"] in ("user", "tool") for pair in pairs)
+    assert len({round(pair.probability, 6) for pair in pairs}) == 7  # rewards 0 to 3 differ by -3 to 3
+    for probability in {round(pair.probability, 6) for pair in pairs}:
+        drawn = [pair.first_is_preferred for pair in pairs if round(pair.probability, 6) == probability]
+        assert abs(np.mean(drawn) - probability) < 4 * math.sqrt(probability * (1 - probability) / len(drawn))
+
+
+def test_the_reward_is_for_the_fact_and_for_saying_nothing_else():
+    answers = ("5.", "I think that it is 5.", "15.", "I think that it is 4.")
+    assert [reward(answer, "5") for answer in answers] == [3, 2, 1, 0]
+
+
+# As a corpus
+
+
+def test_a_source_without_files_is_prepared_and_found_again(tmp_path):
+    source = Stories(documents=120, seed=1)
+    prepared = prepare(source, ByteTokenizer(), validation_fraction=0.1, cache=tmp_path)
+    assert prepared.meta["split"]["rule"] == "hash"
+    assert sum(prepared.meta["splits"][side]["documents"] for side in ("train", "validation")) == 120
+    ids = np.concatenate([prepared.train[:], prepared.validation[:]])
+    parts = np.split(ids, np.flatnonzero(ids == EOS_ID) + 1)[:-1]
+    held = sorted(prepared.tokenizer.decode(part) for part in parts)
+    assert held == sorted(document.text for document in source.documents())
+    again = prepare(Stories(documents=120, seed=1), ByteTokenizer(), validation_fraction=0.1, cache=tmp_path)
+    other = prepare(Stories(documents=120, seed=2), ByteTokenizer(), validation_fraction=0.1, cache=tmp_path)
+    assert again.folder == prepared.folder != other.folder
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="documents=0"):
+        Stories(documents=0, seed=1)

@@ -237,11 +237,16 @@ class RunRecord(StepCallback):
             "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else None,
             "mfu": finite(self.monitor.mfu),
             "skipped_steps": task.skipped_steps,
-            "floor_bits_per_byte": None,
-            "excess_bits_per_byte": None,
+            "floor_bits_per_byte": finite(validation.get("val/floor_bits_per_byte")),
+            "excess_bits_per_byte": finite(validation.get("val/excess_bits_per_byte")),
+            "excess_interval": interval(validation.get("val/excess_low"), validation.get("val/excess_high")),
             "history": self.history,
             "hardware": hardware(self.device) | {"ranks": self.ranks},
         }
+
+
+def interval(low: float | None, high: float | None) -> list[float] | None:
+    return None if finite(low) is None or finite(high) is None else [low, high]
 
 
 def finite(value: float | None) -> float | None:

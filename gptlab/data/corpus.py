@@ -3,13 +3,14 @@
 import glob
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading, read_documents
+from gptlab.data.grammar import Optimum
 from gptlab.data.remote import is_remote, local_copies
 
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
@@ -19,6 +20,7 @@ class Source(ABC):
     """Where text comes from. It can be read many times, and gives the same documents in the same order each time."""
 
     bytes_read = 0  # of the files, as they lie on the disk; for a progress bar
+    optimum: Callable[[str], Optimum] | None = None  # of a document, where its probability is known: see Stories
 
     @abstractmethod
     def paths(self) -> list[Path]:
