@@ -147,8 +147,9 @@ def test_version_and_help_as_commands(tmp_path):
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
-    "cost depth",
-    1: "engine checkpoint run jobs data.changes data.corpus data.sources data.tokens data.windows",
+    "cost depth chunks vocabulary pieces words borrowed",
+    1: "engine checkpoint run jobs data.changes data.corpus data.sources data.tokens data.windows "
+    "data.tokenizer_report",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "

@@ -1,19 +1,27 @@
 """Tokenizers: what goes in comes out, ids keep their meaning, and every mistake is named."""
 
 import argparse
+import base64
 import inspect
 import io
 import json
 import logging
+import re
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import sentencepiece
+import tiktoken
+import tokenizers as tokenizers_library
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
+from gptlab.borrowed import BYTE_OF, PATTERNS, HuggingFaceTokenizer, TiktokenTokenizer
+from gptlab.chunks import sample
 from gptlab.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -24,23 +32,58 @@ from gptlab.tokenizer import (
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    _sample,
     load_tokenizer,
     tokenizer_from_state,
 )
+from gptlab.vocabulary import readable
+from gptlab.words import WordTokenizer
 
-KINDS = ["bpe", "unigram", "char", "byte"]
+LOSSLESS = ["bpe", "unigram", "byte", "hf", "tiktoken", "foreign", "domain", "hf-domain"]
+LOSSY = ["char", "word"]
+KINDS = LOSSLESS + LOSSY
+TRAINED = [kind for kind in KINDS if kind not in ("byte", "tiktoken", "foreign")]
 DOCUMENTS = [inspect.getsource(argparse), inspect.getsource(logging)]
 SPANISH = "En un lugar de la Mancha, de cuyo nombre no quiero acordarme: ¿quién? ¡Él, señor! "
 SETTINGS = {"vocab_size": 500, "character_coverage": 1.0, "max_train_bytes": 10**6}
 
 
+DOMAIN = ["ACME", "->", "def parse", "\n\n#", "ñandú"]
+
+
 def train(kind: str, texts=DOCUMENTS, **changes) -> Tokenizer:
+    texts = iter(texts)
+    settings = SETTINGS | ({"domain_tokens": DOMAIN} if kind.endswith("domain") else {}) | changes
+    if kind.startswith("hf"):
+        return HuggingFaceTokenizer.train(texts, **{k: v for k, v in settings.items() if k != "character_coverage"})
+    if kind == "word":
+        texts = (f"{text} a b abc ñandú" for text in texts)
+        return WordTokenizer.train(texts, **{"vocab_size": 10_000, "max_train_bytes": 10**6} | changes)
     if kind == "char":
-        return CharTokenizer.train(iter(texts))
+        return CharTokenizer.train(texts)
     if kind == "byte":
-        return ByteTokenizer.train(iter(texts))
-    return SentencePieceTokenizer.train(iter(texts), **(SETTINGS | {"model_type": kind} | changes))
+        return ByteTokenizer.train(texts)
+    if kind == "foreign":
+        return HuggingFaceTokenizer(foreign_json().encode())
+    if kind == "tiktoken":
+        return TiktokenTokenizer(ranks_of(train("hf")), "gpt2")
+    return SentencePieceTokenizer.train(texts, **(settings | {"model_type": "bpe" if kind == "domain" else kind}))
+
+
+def foreign_json() -> str:
+    """A tokenizer.json as GPT-2's is: none of gptlab's special tokens, and one of its own, which is its last."""
+    tokenizer = tokenizers_library.Tokenizer(tokenizers_library.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers_library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers_library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers_library.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(DOCUMENTS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.to_str()
+
+
+def ranks_of(tokenizer: HuggingFaceTokenizer) -> bytes:
+    """A file of ranks with the pieces of another tokenizer, in their order."""
+    pieces = [tokenizer.decode_bytes([i]) for i in range(13, tokenizer.vocab_size)]
+    return b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +100,14 @@ def tokenizer(request, tokenizers) -> Tokenizer:
 AWKWARD = [
     *SPECIAL_TOKENS,
     *("<0x41>", "\u2581", "\u2585", "\u2047", "\x00", "\r\n", "\n\n\n", "\t", "    ", " ", "\ufeff", "\ufffd"),
+    *DOMAIN,
     *("\u00c5", "A\u030a", "\u212b", "\ufb01", "\u3000", "\U0001f600", "def f():\n    return 1\n", "3.14159"),
 ]
 any_text = st.lists(st.text() | st.sampled_from(AWKWARD), max_size=8).map("".join)
 any_bytes = st.lists(st.binary(max_size=20) | any_text.map(lambda t: t.encode()), max_size=6).map(b"".join)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte"])
+@pytest.mark.parametrize("kind", LOSSLESS)
 @settings(deadline=None, max_examples=150)
 @given(text=any_text, content=any_bytes)
 def test_text_and_bytes_come_back_exactly(tokenizers, kind, text, content):
@@ -80,13 +124,14 @@ def test_text_never_gives_a_special_id(tokenizers, kind, text):
     ids = tokenizers[kind].encode(text)
     assert ids.dtype == np.int32
     assert ids.ndim == 1
-    allowed = {UNK_ID} if kind == "char" else set()
+    allowed = {UNK_ID} if kind in LOSSY else set()
     assert set(ids.tolist()) & set(range(len(SPECIAL_TOKENS))) <= allowed
 
 
+@pytest.mark.parametrize("kind", ["bpe", "hf"])
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
-def test_a_special_token_typed_by_a_user_is_plain_text_even_where_training_was_full_of_it(token):
-    tokenizer = train("bpe", [f"{token}hello {token} " * 500, *DOCUMENTS])
+def test_a_special_token_typed_by_a_user_is_plain_text_even_where_training_was_full_of_it(kind, token):
+    tokenizer = train(kind, [f"{token}hello {token} " * 500, *DOCUMENTS])
     ids = tokenizer.encode(f"say {token}{token}")
     assert min(ids) >= len(SPECIAL_TOKENS)
     assert tokenizer.decode(ids) == f"say {token}{token}"
@@ -107,9 +152,9 @@ def test_sentencepiece_itself_agrees_on_the_special_tokens(tokenizers):
 
 
 @pytest.mark.parametrize("unit", ["line of words\n", "word ", "solid", "ñ\U0001f600", "\n", " ", "\u2581x\n"])
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte"])
+@pytest.mark.parametrize("kind", LOSSLESS)
 def test_long_text_comes_back_wherever_it_is_cut(tokenizers, kind, unit):
-    text = unit * (20_000 // len(unit))
+    text = unit * (140_000 // len(unit))
     assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
 
 
@@ -149,6 +194,226 @@ def test_a_byte_tokenizer_needs_no_text():
     assert tokenizer.encode("é").tolist() == [13 + 0xC3, 13 + 0xA9]
 
 
+# --- kinds of other libraries, held to those libraries
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=any_text)
+def test_foreign_ids_are_the_librarys_own_moved_behind_the_special_tokens(tokenizers, text):
+    own = tokenizers_library.Tokenizer.from_str(foreign_json())
+    own.encode_special_tokens = True
+    theirs = own.encode(text, add_special_tokens=False).ids
+    assert tokenizers["foreign"].encode(text).tolist() == [i + 13 for i in theirs]
+    assert own.get_vocab_size() + 13 == tokenizers["foreign"].vocab_size
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=any_text)
+def test_tiktoken_ids_are_the_librarys_own_and_its_pieces_those_of_the_other_library(tokenizers, text):
+    ranks = {
+        base64.b64decode(line.split()[0]): int(line.split()[1]) for line in ranks_of(tokenizers["hf"]).split(b"\n")[:-1]
+    }
+    own = tiktoken.Encoding("x", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    ids = tokenizers["tiktoken"].encode(text)
+    assert ids.tolist() == [i + 13 for i in own.encode_ordinary(text)]
+    assert ids.tolist() == tokenizers["hf"].encode(text).tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "r50k_base", "p50k_base", "cl100k_base"])
+def test_patterns_are_those_of_the_library(name, monkeypatch):
+    for reader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, reader, lambda *_, **__: {})
+    assert openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"] == PATTERNS[name]
+
+
+@pytest.mark.parametrize("kind", ["foreign", "tiktoken", "hf"])
+def test_ids_of_long_text_are_those_of_the_text_in_one_piece(tokenizers, kind):
+    text = "".join(DOCUMENTS) * 2
+    assert len(text) > 4 * 2**16
+    tokenizer = tokenizers[kind]
+    assert tokenizer.encode(text).tolist() == list(tokenizer._encode(text))
+
+
+def test_a_foreign_special_token_has_an_id_and_never_comes_of_text(tokenizers):
+    foreign = tokenizers["foreign"]
+    last = foreign.vocab_size - 1
+    assert (foreign.kind(last), foreign.decode_bytes([last])) == ("special", b"")
+    assert last not in foreign.encode("a<|endoftext|>b")
+    assert foreign.decode(foreign.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
+def changed_json(**changes) -> bytes:
+    return json.dumps(json.loads(foreign_json()) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "comes back as"),
+        ({"normalizer": {"type": "Lowercase"}}, "comes back as"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "' a b'"),
+    ],
+)
+def test_a_foreign_tokenizer_says_what_it_loses(changes, lost):
+    tokenizer = HuggingFaceTokenizer(changed_json(**changes))
+    assert lost in tokenizer.loses
+    assert np.array_equal(tokenizer.encode("a " * 2**17), tokenizer._encode("a " * 2**17))
+
+
+def test_what_a_foreign_tokenizer_adds_and_cuts_is_left_out(tokenizers):
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    roberta = {
+        "type": "RobertaProcessing",
+        "sep": ["a", 1],
+        "cls": ["b", 2],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
+    tokenizer = HuggingFaceTokenizer(changed_json(truncation=cut, post_processor=roberta))
+    assert tokenizer.encode(DOCUMENTS[0]).tolist() == tokenizers["foreign"].encode(DOCUMENTS[0]).tolist()
+    assert tokenizer.fingerprint == tokenizers["foreign"].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed_json(pre_tokenizer={"type": "Whitespace"}), "not made of bytes.*byte-level tokenizer.json"),
+        (changed_json(added_tokens=None), "damaged"),
+        (b'{"model": {}}', "damaged"),
+        (
+            changed_json(model=json.loads(foreign_json())["model"] | {"vocab": {"a": 0}, "merges": []}),
+            "of the 256 bytes",
+        ),
+    ],
+)
+def test_a_tokenizer_json_that_would_lose_text_is_refused_by_name(tmp_path, content, message):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(file)
+    assert str(file) in str(error.value)
+
+
+def test_files_of_other_libraries_are_read_where_they_lie(tokenizers, tmp_path, monkeypatch):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "tokenizer.json").write_text(foreign_json())
+    assert load_tokenizer(tmp_path / "exported").fingerprint == tokenizers["foreign"].fingerprint
+    tokenizers["hf"].save(tmp_path / "own")  # the file that is left there is one that the library reads
+    assert load_tokenizer(tmp_path / "own" / "tokenizer.json").fingerprint == tokenizers["hf"].fingerprint
+    file = tmp_path / "gpt2.tiktoken"
+    file.write_bytes(ranks_of(tokenizers["hf"]))
+    assert load_tokenizer(file).fingerprint == tokenizers["tiktoken"].fingerprint
+    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path))
+    assert TiktokenTokenizer.train(name="gpt2").fingerprint == tokenizers["tiktoken"].fingerprint
+    with pytest.raises(ValueError, match=r"call it one of gpt2\.tiktoken"):
+        load_tokenizer(file.rename(tmp_path / "mine.tiktoken"))
+
+
+def test_vocab_bpe_gives_the_ids_that_tiktoken_gives_it(tmp_path, monkeypatch):
+    merges = [tuple(merge) for merge in json.loads(foreign_json())["model"]["merges"]]
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    names = [*BYTE_OF, *(a + b for a, b in merges)]
+    (tmp_path / "encoder.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(tmp_path / "vocab.bpe"), str(tmp_path / "encoder.json"))
+    tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
+    assert {tokenizer.decode_bytes([i]): i - 13 for i in range(13, tokenizer.vocab_size)} == ranks
+
+
+@pytest.mark.parametrize("content", [b"a b c\n", b"!!! 1\n", b"YQ== one\n", b"YQ== 0\n"])
+def test_a_file_of_ranks_that_is_damaged_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "gpt2.tiktoken"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"gpt2\.tiktoken: (not a file of ranks|255 of the 256 bytes)"):
+        load_tokenizer(file)
+
+
+def test_tiktoken_names_the_places_where_it_looked_and_fetches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it went to the network"))
+    with pytest.raises(ValueError, match=r"tokenizer\.name=gpt2: .*none is downloaded.*gptlab\[data\]") as error:
+        TiktokenTokenizer.train(name="gpt2")
+    for place in ("data/gpt2.tiktoken", "data/vocab.bpe", "kept/6d1cbeee0f20b3d9449abfede4726ed8212e3aee"):
+        assert str(tmp_path / place) in str(error.value)
+    with pytest.raises(ValueError, match=r"tokenizer\.name='gpt5' is none of gpt2"):
+        TiktokenTokenizer.train(name="gpt5")
+
+
+@pytest.mark.parametrize(("kind", "library"), [("hf", "tokenizers"), ("tiktoken", "tiktoken")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(tokenizers, tmp_path, monkeypatch, kind, library):
+    tokenizers[kind].save(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf'needs {library} .*pip install "gptlab\[data\]"'):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=rf'needs {library} .*pip install "gptlab\[data\]"'):
+        train("hf") if kind == "hf" else TiktokenTokenizer(tokenizers[kind].ranks, "gpt2")
+
+
+# --- words
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=any_text)
+def test_only_words_and_marks_that_are_unknown_are_lost(tokenizers, text):
+    tokenizer = tokenizers["word"]
+
+    def kept(piece: re.Match) -> str:
+        return piece[0] if piece[0] in tokenizer.words else "\ufffd"
+
+    assert tokenizer.decode(tokenizer.encode(text)) == re.sub(r"\w+|\s|[^\w\s]", kept, text)
+
+
+def test_a_word_tokenizer_takes_the_most_frequent():
+    tokenizer = WordTokenizer.train(["so so so, so it it is is ab-initio "], vocab_size=20, max_train_bytes=1000)
+    assert tokenizer.words == [" ", "\t", "\n", "so", "is", "it", ","]
+    assert tokenizer.encode("so  it was").tolist() == [16, 13, 13, 18, 13, UNK_ID]
+    assert tokenizer.decode(tokenizer.encode("so  it was")) == "so  it \ufffd"
+    assert tokenizer.encode("So").tolist() == [UNK_ID]
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size=16: the smallest for any text is 17"):
+        WordTokenizer.train(["a"], vocab_size=16, max_train_bytes=1000)
+
+
+def test_a_word_tokenizer_learns_from_no_more_than_its_budget():
+    texts = [f"word{i} " * 400 for i in range(100)]
+    small = WordTokenizer.train(iter(texts), vocab_size=1000, max_train_bytes=20_000)
+    assert 13 + 3 < small.vocab_size < 13 + 3 + 15
+    assert WordTokenizer.train(iter(texts), vocab_size=1000, max_train_bytes=10**6).vocab_size == 13 + 3 + 100
+
+
+# --- domain tokens
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "hf", "word"])
+@pytest.mark.parametrize("token", DOMAIN)
+def test_a_domain_token_is_one_token_wherever_it_stands(kind, token):
+    tokenizer = train(kind, domain_tokens=DOMAIN)
+    ids = {i for i in range(tokenizer.vocab_size) if tokenizer.kind(i) == "domain"}
+    assert {tokenizer.decode([i]) for i in ids} == set(DOMAIN) == set(tokenizer.domain_tokens)
+    for text in (token, f"if{token}if", f"if {token} if", f"{token}{token}"):
+        found = tokenizer.encode(text).tolist()
+        assert len(ids & set(found)) == 1
+        assert sum(i in ids for i in found) == text.count(token)
+        assert tokenizer.decode(found) == text
+
+
+@pytest.mark.parametrize("kind", ["bpe", "hf", "word"])
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [([""], "blank"), ([" "], "blank"), (["a", "a"], "twice"), (["</s>"], "special"), (["\ud800"], "surrogate")],
+)
+def test_impossible_domain_tokens_are_refused(kind, tokens, says):
+    with pytest.raises(ValueError, match=rf"tokenizer\.domain_tokens=.*{says}"):
+        train(kind, domain_tokens=tokens)
+
+
+@pytest.mark.parametrize("token", ["a\u2581b", "<0x41>"])
+def test_signs_of_sentencepiece_are_no_domain_tokens_of_it(token):
+    with pytest.raises(ValueError, match="use tokenizer=hf"):
+        train("bpe", domain_tokens=[token])
+    hf = train("hf", domain_tokens=[token])
+    assert len(hf.encode(token)) == 1
+
+
 # --- what an id means, kept
 
 
@@ -169,6 +434,60 @@ def test_save_and_load(tokenizer, tmp_path):
         assert_same(load_tokenizer(path), tokenizer)
 
 
+def test_another_tokenizer_that_stood_there_is_kept(tokenizers, tmp_path):
+    folder = tmp_path / "tokenizer"
+    for kind in KINDS * 2:
+        tokenizers[kind].save(folder)
+        assert_same(load_tokenizer(folder), tokenizers[kind])
+    kept = {path.name: load_tokenizer(path).fingerprint for path in tmp_path.iterdir() if path != folder}
+    assert kept == {f"tokenizer.old-{t.fingerprint[:8]}": t.fingerprint for t in tokenizers.values()}
+
+
+def test_a_crash_while_the_old_one_is_moved_loses_neither(tokenizers, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    tokenizers["bpe"].save(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copy2", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            tokenizers["hf"].save(folder)
+    assert_same(load_tokenizer(folder), tokenizers["bpe"])
+    with monkeypatch.context() as patch:
+        patch.setattr("gptlab.tokenizer._write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            tokenizers["hf"].save(folder)
+    assert_same(load_tokenizer(next(tmp_path.glob("tokenizer.old-*"))), tokenizers["bpe"])
+
+
+def test_the_vocabulary_is_written_to_be_read(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    with (tmp_path / "vocab.tsv").open(encoding="utf-8", newline="\n") as file:
+        header, *rows = [line.rstrip("\n").split("\t") for line in file]
+    assert header == ["id", "piece", "bytes", "kind", "score"]
+    assert [int(row[0]) for row in rows] == list(range(tokenizer.vocab_size))
+    assert [row[1] for row in rows[:13]] == list(SPECIAL_TOKENS)
+    assert {row[3] for row in rows[:13]} == {"special"}
+    for i, (_, piece, content, kind, score) in enumerate(rows):
+        assert bytes.fromhex(content) == tokenizer.decode_bytes([i])
+        assert piece.isprintable()
+        assert (kind == "special") == (i < 13 or not content)
+        assert bool(score) == isinstance(tokenizer, SentencePieceTokenizer)
+    spelt = [row[1] for row in rows if row[3] == "byte"]
+    assert len(spelt) == len(set(spelt))
+    assert bool(spelt) == (tokenizer.loses == "")
+
+
+@given(st.lists(st.binary(max_size=6) | st.text().map(str.encode), min_size=2, max_size=2, unique=True))
+def test_no_two_pieces_are_written_alike(pieces):
+    one, other = map(readable, pieces)
+    assert one != other
+    assert (one + other).isprintable()
+    assert " " not in one + other
+
+
+def test_pieces_as_they_are_written():
+    assert readable(" caf\u00e9\n\\n\u200b".encode() + b"\xff") == "\u2423caf\u00e9\\n\\\\n\\u200b\\xff"
+
+
 def test_state_travels_in_a_checkpoint_without_pickled_objects(tokenizer):
     file = io.BytesIO()
     torch.save({"tokenizer": tokenizer.state()}, file)
@@ -178,7 +497,7 @@ def test_state_travels_in_a_checkpoint_without_pickled_objects(tokenizer):
     assert_same(type(tokenizer).from_state(state), tokenizer)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_training_again_gives_the_same_fingerprint(tokenizers, kind):
     assert train(kind).fingerprint == tokenizers[kind].fingerprint
 
@@ -186,7 +505,7 @@ def test_training_again_gives_the_same_fingerprint(tokenizers, kind):
 def test_fingerprint_tells_what_an_id_means_and_nothing_else(tokenizers):
     bpe = tokenizers["bpe"]
     different = [train("bpe", vocab_size=501), train("bpe", DOCUMENTS[:1]), CharTokenizer.train(["abc"])]
-    assert len({t.fingerprint for t in [*tokenizers.values(), *different]}) == 7
+    assert len({t.fingerprint for t in [*tokenizers.values(), *different]}) == len(KINDS) + 3
     trainer = sentencepiece.SentencePieceTrainer
     original = trainer.train
 
@@ -202,12 +521,12 @@ def test_fingerprint_tells_what_an_id_means_and_nothing_else(tokenizers):
 
 def test_the_training_sample_is_kept_to_its_budget_and_repeats():
     chunks = [f"{i:03} " * 100 for i in range(200)]
-    sample = _sample(iter(chunks), 4000, seed=1)
-    assert sample == sorted(sample)
-    assert len(sample) == len(set(sample)) == 10
-    assert sample == _sample(iter(chunks), 4000, seed=1) != _sample(iter(chunks), 4000, seed=2)
-    assert 60 < np.mean([int(chunk[:3]) for chunk in _sample(iter(chunks), 40_000, seed=1)]) < 140  # from all over
-    assert _sample(iter(chunks), 10**6, seed=1) == chunks
+    kept = sample(iter(chunks), 4000, seed=1)
+    assert kept == sorted(kept)
+    assert len(kept) == len(set(kept)) == 10
+    assert kept == sample(iter(chunks), 4000, seed=1) != sample(iter(chunks), 4000, seed=2)
+    assert 60 < np.mean([int(chunk[:3]) for chunk in sample(iter(chunks), 40_000, seed=1)]) < 140  # from all over
+    assert sample(iter(chunks), 10**6, seed=1) == chunks
     one, same, other = (train("bpe", max_train_bytes=40_000, seed=seed).fingerprint for seed in (1, 1, 2))
     assert one == same != other
 
@@ -248,16 +567,16 @@ def test_runs_of_line_ends_and_indentation_are_cheap(tokenizers):
 # --- mistakes
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize(("vocab_size", "word"), [(100_000, "largest"), (20, "smallest"), (300, "smallest")])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "hf", "hf-domain"])
+@pytest.mark.parametrize(("vocab_size", "word"), [(100_000, "largest"), (20, "smallest"), (268, "smallest")])
 def test_an_impossible_vocabulary_is_answered_with_the_nearest_possible_one(kind, vocab_size, word):
-    with pytest.raises(ValueError, match=rf"tokenizer\.vocab_size={vocab_size}: the {word} possible") as error:
+    with pytest.raises(ValueError, match=rf"tokenizer\.vocab_size={vocab_size}: the {word} (possible )?for") as error:
         train(kind, DOCUMENTS[:1], vocab_size=vocab_size)
     possible = int(str(error.value).split("text is ")[1].split(";")[0])
     assert train(kind, DOCUMENTS[:1], vocab_size=possible).vocab_size == possible
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "hf"])
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_an_empty_corpus_is_refused(kind, texts):
     with pytest.raises(ValueError, match="training text is empty"):
@@ -265,8 +584,8 @@ def test_an_empty_corpus_is_refused(kind, texts):
 
 
 def test_settings_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"tokenizer\.model_type='word'"):
-        train("word")
+    with pytest.raises(ValueError, match=r"tokenizer\.model_type='wordpiece'"):
+        train("wordpiece")
     with pytest.raises(ValueError, match=r"tokenizer\.character_coverage=0\.5"):
         train("bpe", character_coverage=0.5)
 

@@ -42,6 +42,7 @@ class TextDataModule(LightningDataModule):
         block_size: int,
         seed: int,
         cache: Path | None = None,
+        tokenizer_source: Source | None = None,
     ):
         super().__init__()
         check(config)
@@ -52,7 +53,7 @@ class TextDataModule(LightningDataModule):
         if source is None:
             raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
         self.source = source
-        self.build_tokenizer = tokenizer
+        self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
         self.cache = cache or cache_dir()
         self.prepared: Prepared | None = None
 
@@ -69,6 +70,7 @@ class TextDataModule(LightningDataModule):
             else Files(held_out, strip_gutenberg=self.config.strip_gutenberg),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
+            tokenizer_source=self.tokenizer_source,
         )
 
     def setup(self, stage: str | None = None) -> None:
