@@ -1,26 +1,17 @@
 """Tokenizers: what goes in comes out, ids keep their meaning, and every mistake is named."""
 
-import argparse
-import base64
-import inspect
 import io
 import json
-import logging
-import re
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import sentencepiece
-import tiktoken
-import tokenizers as tokenizers_library
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiktoken_ext import openai_public
+from kinds import DOCUMENTS, DOMAIN, KINDS, LOSSLESS, LOSSY, SPANISH, TRAINED, any_text, of_kind, train
 
-from gptlab.borrowed import BYTE_OF, PATTERNS, HuggingFaceTokenizer, TiktokenTokenizer
 from gptlab.chunks import sample
 from gptlab.tokenizer import (
     BOS_ID,
@@ -36,59 +27,11 @@ from gptlab.tokenizer import (
     tokenizer_from_state,
 )
 from gptlab.vocabulary import readable
-from gptlab.words import WordTokenizer
-
-LOSSLESS = ["bpe", "unigram", "byte", "hf", "tiktoken", "foreign", "domain", "hf-domain"]
-LOSSY = ["char", "word"]
-KINDS = LOSSLESS + LOSSY
-TRAINED = [kind for kind in KINDS if kind not in ("byte", "tiktoken", "foreign")]
-DOCUMENTS = [inspect.getsource(argparse), inspect.getsource(logging)]
-SPANISH = "En un lugar de la Mancha, de cuyo nombre no quiero acordarme: ¿quién? ¡Él, señor! "
-SETTINGS = {"vocab_size": 500, "character_coverage": 1.0, "max_train_bytes": 10**6}
-
-
-DOMAIN = ["ACME", "->", "def parse", "\n\n#", "ñandú"]
-
-
-def train(kind: str, texts=DOCUMENTS, **changes) -> Tokenizer:
-    texts = iter(texts)
-    settings = SETTINGS | ({"domain_tokens": DOMAIN} if kind.endswith("domain") else {}) | changes
-    if kind.startswith("hf"):
-        return HuggingFaceTokenizer.train(texts, **{k: v for k, v in settings.items() if k != "character_coverage"})
-    if kind == "word":
-        texts = (f"{text} a b abc ñandú" for text in texts)
-        return WordTokenizer.train(texts, **{"vocab_size": 10_000, "max_train_bytes": 10**6} | changes)
-    if kind == "char":
-        return CharTokenizer.train(texts)
-    if kind == "byte":
-        return ByteTokenizer.train(texts)
-    if kind == "foreign":
-        return HuggingFaceTokenizer(foreign_json().encode())
-    if kind == "tiktoken":
-        return TiktokenTokenizer(ranks_of(train("hf")), "gpt2")
-    return SentencePieceTokenizer.train(texts, **(settings | {"model_type": "bpe" if kind == "domain" else kind}))
-
-
-def foreign_json() -> str:
-    """A tokenizer.json as GPT-2's is: none of gptlab's special tokens, and one of its own, which is its last."""
-    tokenizer = tokenizers_library.Tokenizer(tokenizers_library.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers_library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers_library.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers_library.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(DOCUMENTS, trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer.to_str()
-
-
-def ranks_of(tokenizer: HuggingFaceTokenizer) -> bytes:
-    """A file of ranks with the pieces of another tokenizer, in their order."""
-    pieces = [tokenizer.decode_bytes([i]) for i in range(13, tokenizer.vocab_size)]
-    return b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
-    return {kind: train(kind) for kind in KINDS}
+    return {kind: of_kind(kind) for kind in KINDS}
 
 
 @pytest.fixture(params=KINDS)
@@ -96,14 +39,6 @@ def tokenizer(request, tokenizers) -> Tokenizer:
     return tokenizers[request.param]
 
 
-# What sentencepiece is known to mangle, or a user could use to forge a special token.
-AWKWARD = [
-    *SPECIAL_TOKENS,
-    *("<0x41>", "\u2581", "\u2585", "\u2047", "\x00", "\r\n", "\n\n\n", "\t", "    ", " ", "\ufeff", "\ufffd"),
-    *DOMAIN,
-    *("\u00c5", "A\u030a", "\u212b", "\ufb01", "\u3000", "\U0001f600", "def f():\n    return 1\n", "3.14159"),
-]
-any_text = st.lists(st.text() | st.sampled_from(AWKWARD), max_size=8).map("".join)
 any_bytes = st.lists(st.binary(max_size=20) | any_text.map(lambda t: t.encode()), max_size=6).map(b"".join)
 
 
@@ -192,192 +127,6 @@ def test_a_byte_tokenizer_needs_no_text():
     tokenizer = ByteTokenizer.train([])
     assert tokenizer.vocab_size == 269
     assert tokenizer.encode("é").tolist() == [13 + 0xC3, 13 + 0xA9]
-
-
-# --- kinds of other libraries, held to those libraries
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=any_text)
-def test_foreign_ids_are_the_librarys_own_moved_behind_the_special_tokens(tokenizers, text):
-    own = tokenizers_library.Tokenizer.from_str(foreign_json())
-    own.encode_special_tokens = True
-    theirs = own.encode(text, add_special_tokens=False).ids
-    assert tokenizers["foreign"].encode(text).tolist() == [i + 13 for i in theirs]
-    assert own.get_vocab_size() + 13 == tokenizers["foreign"].vocab_size
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=any_text)
-def test_tiktoken_ids_are_the_librarys_own_and_its_pieces_those_of_the_other_library(tokenizers, text):
-    ranks = {
-        base64.b64decode(line.split()[0]): int(line.split()[1]) for line in ranks_of(tokenizers["hf"]).split(b"\n")[:-1]
-    }
-    own = tiktoken.Encoding("x", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    ids = tokenizers["tiktoken"].encode(text)
-    assert ids.tolist() == [i + 13 for i in own.encode_ordinary(text)]
-    assert ids.tolist() == tokenizers["hf"].encode(text).tolist()
-
-
-@pytest.mark.parametrize("name", ["gpt2", "r50k_base", "p50k_base", "cl100k_base"])
-def test_patterns_are_those_of_the_library(name, monkeypatch):
-    for reader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
-        monkeypatch.setattr(openai_public, reader, lambda *_, **__: {})
-    assert openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"] == PATTERNS[name]
-
-
-@pytest.mark.parametrize("kind", ["foreign", "tiktoken", "hf"])
-def test_ids_of_long_text_are_those_of_the_text_in_one_piece(tokenizers, kind):
-    text = "".join(DOCUMENTS) * 2
-    assert len(text) > 4 * 2**16
-    tokenizer = tokenizers[kind]
-    assert tokenizer.encode(text).tolist() == list(tokenizer._encode(text))
-
-
-def test_a_foreign_special_token_has_an_id_and_never_comes_of_text(tokenizers):
-    foreign = tokenizers["foreign"]
-    last = foreign.vocab_size - 1
-    assert (foreign.kind(last), foreign.decode_bytes([last])) == ("special", b"")
-    assert last not in foreign.encode("a<|endoftext|>b")
-    assert foreign.decode(foreign.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
-
-
-def changed_json(**changes) -> bytes:
-    return json.dumps(json.loads(foreign_json()) | changes).encode()
-
-
-@pytest.mark.parametrize(
-    ("changes", "lost"),
-    [
-        ({"normalizer": {"type": "NFC"}}, "comes back as"),
-        ({"normalizer": {"type": "Lowercase"}}, "comes back as"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "' a b'"),
-    ],
-)
-def test_a_foreign_tokenizer_says_what_it_loses(changes, lost):
-    tokenizer = HuggingFaceTokenizer(changed_json(**changes))
-    assert lost in tokenizer.loses
-    assert np.array_equal(tokenizer.encode("a " * 2**17), tokenizer._encode("a " * 2**17))
-
-
-def test_what_a_foreign_tokenizer_adds_and_cuts_is_left_out(tokenizers):
-    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    roberta = {
-        "type": "RobertaProcessing",
-        "sep": ["a", 1],
-        "cls": ["b", 2],
-        "trim_offsets": True,
-        "add_prefix_space": False,
-    }
-    tokenizer = HuggingFaceTokenizer(changed_json(truncation=cut, post_processor=roberta))
-    assert tokenizer.encode(DOCUMENTS[0]).tolist() == tokenizers["foreign"].encode(DOCUMENTS[0]).tolist()
-    assert tokenizer.fingerprint == tokenizers["foreign"].fingerprint
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (changed_json(pre_tokenizer={"type": "Whitespace"}), "not made of bytes.*byte-level tokenizer.json"),
-        (changed_json(added_tokens=None), "damaged"),
-        (b'{"model": {}}', "damaged"),
-        (
-            changed_json(model=json.loads(foreign_json())["model"] | {"vocab": {"a": 0}, "merges": []}),
-            "of the 256 bytes",
-        ),
-    ],
-)
-def test_a_tokenizer_json_that_would_lose_text_is_refused_by_name(tmp_path, content, message):
-    file = tmp_path / "tokenizer.json"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_tokenizer(file)
-    assert str(file) in str(error.value)
-
-
-def test_files_of_other_libraries_are_read_where_they_lie(tokenizers, tmp_path, monkeypatch):
-    (tmp_path / "exported").mkdir()
-    (tmp_path / "exported" / "tokenizer.json").write_text(foreign_json())
-    assert load_tokenizer(tmp_path / "exported").fingerprint == tokenizers["foreign"].fingerprint
-    tokenizers["hf"].save(tmp_path / "own")  # the file that is left there is one that the library reads
-    assert load_tokenizer(tmp_path / "own" / "tokenizer.json").fingerprint == tokenizers["hf"].fingerprint
-    file = tmp_path / "gpt2.tiktoken"
-    file.write_bytes(ranks_of(tokenizers["hf"]))
-    assert load_tokenizer(file).fingerprint == tokenizers["tiktoken"].fingerprint
-    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path))
-    assert TiktokenTokenizer.train(name="gpt2").fingerprint == tokenizers["tiktoken"].fingerprint
-    with pytest.raises(ValueError, match=r"call it one of gpt2\.tiktoken"):
-        load_tokenizer(file.rename(tmp_path / "mine.tiktoken"))
-
-
-def test_vocab_bpe_gives_the_ids_that_tiktoken_gives_it(tmp_path, monkeypatch):
-    merges = [tuple(merge) for merge in json.loads(foreign_json())["model"]["merges"]]
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    names = [*BYTE_OF, *(a + b for a, b in merges)]
-    (tmp_path / "encoder.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(tmp_path / "vocab.bpe"), str(tmp_path / "encoder.json"))
-    tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
-    assert {tokenizer.decode_bytes([i]): i - 13 for i in range(13, tokenizer.vocab_size)} == ranks
-
-
-@pytest.mark.parametrize("content", [b"a b c\n", b"!!! 1\n", b"YQ== one\n", b"YQ== 0\n"])
-def test_a_file_of_ranks_that_is_damaged_is_refused_by_name(tmp_path, content):
-    file = tmp_path / "gpt2.tiktoken"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"gpt2\.tiktoken: (not a file of ranks|255 of the 256 bytes)"):
-        load_tokenizer(file)
-
-
-def test_tiktoken_names_the_places_where_it_looked_and_fetches_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
-    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it went to the network"))
-    with pytest.raises(ValueError, match=r"tokenizer\.name=gpt2: .*none is downloaded.*gptlab\[data\]") as error:
-        TiktokenTokenizer.train(name="gpt2")
-    for place in ("data/gpt2.tiktoken", "data/vocab.bpe", "kept/6d1cbeee0f20b3d9449abfede4726ed8212e3aee"):
-        assert str(tmp_path / place) in str(error.value)
-    with pytest.raises(ValueError, match=r"tokenizer\.name='gpt5' is none of gpt2"):
-        TiktokenTokenizer.train(name="gpt5")
-
-
-@pytest.mark.parametrize(("kind", "library"), [("hf", "tokenizers"), ("tiktoken", "tiktoken")])
-def test_a_library_that_is_not_installed_is_named_with_its_extra(tokenizers, tmp_path, monkeypatch, kind, library):
-    tokenizers[kind].save(tmp_path)
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ValueError, match=rf'needs {library} .*pip install "gptlab\[data\]"'):
-        load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=rf'needs {library} .*pip install "gptlab\[data\]"'):
-        train("hf") if kind == "hf" else TiktokenTokenizer(tokenizers[kind].ranks, "gpt2")
-
-
-# --- words
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=any_text)
-def test_only_words_and_marks_that_are_unknown_are_lost(tokenizers, text):
-    tokenizer = tokenizers["word"]
-
-    def kept(piece: re.Match) -> str:
-        return piece[0] if piece[0] in tokenizer.words else "\ufffd"
-
-    assert tokenizer.decode(tokenizer.encode(text)) == re.sub(r"\w+|\s|[^\w\s]", kept, text)
-
-
-def test_a_word_tokenizer_takes_the_most_frequent():
-    tokenizer = WordTokenizer.train(["so so so, so it it is is ab-initio "], vocab_size=20, max_train_bytes=1000)
-    assert tokenizer.words == [" ", "\t", "\n", "so", "is", "it", ","]
-    assert tokenizer.encode("so  it was").tolist() == [16, 13, 13, 18, 13, UNK_ID]
-    assert tokenizer.decode(tokenizer.encode("so  it was")) == "so  it \ufffd"
-    assert tokenizer.encode("So").tolist() == [UNK_ID]
-    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size=16: the smallest for any text is 17"):
-        WordTokenizer.train(["a"], vocab_size=16, max_train_bytes=1000)
-
-
-def test_a_word_tokenizer_learns_from_no_more_than_its_budget():
-    texts = [f"word{i} " * 400 for i in range(100)]
-    small = WordTokenizer.train(iter(texts), vocab_size=1000, max_train_bytes=20_000)
-    assert 13 + 3 < small.vocab_size < 13 + 3 + 15
-    assert WordTokenizer.train(iter(texts), vocab_size=1000, max_train_bytes=10**6).vocab_size == 13 + 3 + 100
 
 
 # --- domain tokens

@@ -133,6 +133,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; }
 .wide { overflow-x: auto; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 4rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
 th, td { border-bottom: 1px solid var(--rule); padding: .25rem .75rem; text-align: right;
   font-variant-numeric: tabular-nums; }
@@ -168,15 +169,16 @@ def html(report: dict) -> str:
         "characters that the vocabulary holds whole; round trip is the share of chunks that come back exactly.</p>",
         "<h2>By source</h2>",
         _by_source(report),
-        "<h2>Characters that are not in the vocabulary</h2>",
+        "<h2>Examples</h2>",
+        "<p>A space is written \u2423. Underlined tokens are bytes of a character, or unknown.</p>",
+        *(_example_html(example) for example in report["examples"]),
+        '<div class="columns"><section>\n<h2>Longest pieces</h2>',
+        _table(["piece", "bytes", "id"], [list(map(str, row.values())) for row in report["longest_pieces"]]),
+        "</section>\n<section>\n<h2>Characters outside the vocabulary</h2>",
         _table(["character", "times"], [[row["character"], f"{row['times']:,}"] for row in report["not_native"]])
         if report["not_native"]
         else "<p>None in the sample.</p>",
-        "<h2>Longest pieces</h2>",
-        _table(["piece", "bytes", "id"], [list(map(str, row.values())) for row in report["longest_pieces"]]),
-        "<h2>Examples</h2>",
-        "<p>A space is written \u2423. Underlined pieces are single bytes of a character, or unknown.</p>",
-        *(_example_html(example) for example in report["examples"]),
+        "</section></div>",
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -206,7 +208,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
         for first, *others in rows
     ]
     body = "\n".join(lines)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _example_html(example: dict) -> str:
