@@ -25,7 +25,7 @@ from gptlab.tokenizer import N_SPECIAL, SPECIAL_TOKENS, UNK_ID, Tokenizer, as_te
 from gptlab.vocabulary import checked_domain_tokens
 
 PART = 2**16  # characters from which on a text is encoded in parts
-_LINE_START = re.compile(r"(?<=\S)\n(?=[^\s/])")  # known patterns cut after such a line end too, so ids stay as they are
+_LINE_START = re.compile(r"(?<=\S)\n(?=[^\s/])")  # known patterns cut there too, so ids stay as they are
 _STRAY = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `as_text` writes them
 _PROBES = ("a b", "  A\n\n b\t 12\u00c9e\u0301\u212b\ufb01 ")  # changed by every normalizer, and by an added space
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
@@ -63,7 +63,7 @@ class ByteLevelTokenizer(Tokenizer):
         if missing := 256 - len(self._id_of_byte):
             raise ValueError(f"{missing} of the 256 bytes are no token of it, so text would be lost; use another")
         broken = [i for i, one in content.items() if not _is_text(one)]
-        self._spelling_ids = frozenset([UNK_ID, *broken])
+        self.spelling_ids = frozenset([UNK_ID, *broken])
 
     @abstractmethod
     def _encode(self, text: str) -> Sequence[int]:

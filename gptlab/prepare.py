@@ -75,8 +75,8 @@ def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
 def show_tokenizer(content: dict[str, Any]) -> None:
     """The main figures of the report, a line for each source."""
     total = content["total"]
-    title = f"the tokenizer on {total['bytes']:,} bytes of it; loses {content['loses'] or 'nothing'}"
-    table = Table(title=title, title_justify="left")
+    doors.say(f"the tokenizer on {total['bytes']:,} bytes of it; it loses {content['loses'] or 'nothing'}")
+    table = Table()
     table.add_column("")
     columns = {key: form for key, form in tokenizer_report.COLUMNS.items() if key not in ("bytes", "tokens")}
     for key in columns:
@@ -86,7 +86,7 @@ def show_tokenizer(content: dict[str, Any]) -> None:
         cells = ("" if figures[key] is None else form.format(figures[key]) for key, form in columns.items())
         table.add_row(Text(name), *cells)
     doors.show(table)
-    doors.say("longest pieces: " + "  ".join(row["piece"] for row in content["longest_pieces"][:6]))
+    doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in content["longest_pieces"][:6]))
 
 
 def main() -> None:

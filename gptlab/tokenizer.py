@@ -51,7 +51,7 @@ class Tokenizer(ABC):
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     domain_tokens: tuple[str, ...] = ()  # texts that are one token wherever they stand
     loses = ""  # what of a text does not come back, in a sentence; nothing, where this is empty
-    _spelling_ids = frozenset([UNK_ID])  # ids that stand in for characters outside the vocabulary
+    spelling_ids = frozenset([UNK_ID])  # ids that stand in for characters outside the vocabulary
 
     def __init__(self, settings: Mapping | None = None):
         self.settings = dict(settings or {})  # what it was built with, as plain types: a record, no input to encode
@@ -87,9 +87,7 @@ class Tokenizer(ABC):
 
     def coverage(self, counts: Mapping[str, int]) -> float:
         """The share of characters, weighted by their `counts`, that the vocabulary holds whole."""
-        native = (
-            n for character, n in counts.items() if self._spelling_ids.isdisjoint(self.encode(character).tolist())
-        )
+        native = (n for character, n in counts.items() if self.spelling_ids.isdisjoint(self.encode(character).tolist()))
         return sum(native) / max(sum(counts.values()), 1)
 
     def kind(self, i: int) -> str:
@@ -98,7 +96,7 @@ class Tokenizer(ABC):
             return "special"
         if content.decode("utf-8", "replace") in self.domain_tokens:
             return "domain"
-        return "byte" if i in self._spelling_ids else "piece"
+        return "byte" if i in self.spelling_ids else "piece"
 
     def score(self, i: int) -> float | None:
         """The figure by which pieces are chosen, where there is one."""
@@ -328,7 +326,7 @@ class SentencePieceTokenizer(Tokenizer):
         if len(self.special_tokens) < 4:
             raise ValueError(f"ids 0 to 3 of this model are {names[:4]}, and must be {list(SPECIAL_TOKENS[:4])}")
         self._id_of_byte = {int(names[i][1:-1], 16): i for i in range(n) if sp.is_byte(i)}
-        self._spelling_ids = frozenset([UNK_ID, *self._id_of_byte.values()])
+        self.spelling_ids = frozenset([UNK_ID, *self._id_of_byte.values()])
         self._bytes_of_id = [b"" if i in special else names[i].replace(SPACE, " ").encode() for i in range(n)]
         for byte, i in self._id_of_byte.items():
             self._bytes_of_id[i] = bytes([byte])

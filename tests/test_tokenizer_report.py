@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_any_kind_can_be_reported_on(kind):
     assert lengths[0] == max(len(tokenizer.decode_bytes([i])) for i in range(13, tokenizer.vocab_size))
     for example in report["examples"]:
         assert tokenizer.encode(example["text"]).tolist() == example["ids"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte", "char", "hf"])
+def test_native_coverage_is_the_one_that_the_tokenizer_gives(kind):
+    text = DOCUMENTS[0] + "\u4e2d\u6587\u00e9" * 100
+    report = tokenizer_report(of_kind(kind), {"": [text]})
+    assert report["total"]["native_coverage"] == pytest.approx(of_kind(kind).coverage(Counter(text)), abs=1e-12)
+
+
+def test_characters_of_unknown_words_are_not_native():
+    report = tokenizer_report(of_kind("word"), {"": ["a unheardof b"]})
+    assert report["total"]["native_coverage"] == 4 / 13
 
 
 def test_a_report_reads_no_more_than_its_budget_and_repeats():
@@ -170,7 +183,7 @@ def test_prepare_prints_and_keeps_the_report(prepare_door, text_file, word):
     report = json.loads((folder_of(output) / "tokenizer_report.json").read_text())
     assert report["sources"]["text.txt"]["bytes"] == len(text_file.read_bytes())
     assert f"{report['total']['bytes_per_token']:.3f}" in output
-    assert (report["loses"] or "loses nothing").split(":")[0] in output
+    assert (report["loses"] or "it loses nothing").split(":")[0] in output
     page = (folder_of(output) / "tokenizer.html").read_text()
     assert page == html(report)
     assert f"tokenizer: {folder_of(output)}/tokenizer.html" in output

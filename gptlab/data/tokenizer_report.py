@@ -72,7 +72,7 @@ class _Measure:
 
     def __init__(self, tokenizer: Tokenizer, kinds: list[str]):
         self.tokenizer, self.kinds = tokenizer, kinds
-        self.chunks = self.exact = self.bytes = 0
+        self.chunks = self.exact = self.bytes = self.native = 0
         self.characters: Counter[str] = Counter()
         self.used = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # how often each id occurs
 
@@ -80,6 +80,7 @@ class _Measure:
         for part in parts:
             ids = self.tokenizer.encode(part)
             self.used += np.bincount(ids, minlength=self.used.size)
+            self.native += len(self.tokenizer.decode(ids[~np.isin(ids, list(self.tokenizer.spelling_ids))]))
             self.chunks += 1
             self.exact += self.tokenizer.decode(ids) == part
             self.bytes += size(part)
@@ -88,7 +89,7 @@ class _Measure:
 
     def __add__(self, other: "_Measure") -> "_Measure":
         both = _Measure(self.tokenizer, self.kinds)
-        for name in ("chunks", "exact", "bytes", "characters", "used"):
+        for name in ("chunks", "exact", "bytes", "native", "characters", "used"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
@@ -99,7 +100,7 @@ class _Measure:
             "chunks": self.chunks,
             "tokens": tokens,
             "bytes_per_token": self.bytes / tokens if tokens else None,
-            "native_coverage": self.tokenizer.coverage(self.characters),
+            "native_coverage": self.native / self.characters.total() if self.chunks else None,
             "unknown_tokens": int(self.used[UNK_ID]),
             "byte_tokens": int(self.used[[kind == "byte" for kind in self.kinds]].sum()),
             "round_trip": self.exact / self.chunks if self.chunks else None,
@@ -207,8 +208,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
         f'<tr><th scope="row">{_safe(first)}</th>{"".join(f"<td>{_safe(value)}</td>" for value in others)}</tr>'
         for first, *others in rows
     ]
-    body = "\n".join(lines)
-    return f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def _example_html(example: dict) -> str:
