@@ -24,6 +24,7 @@ from gptlab.chunks import training_sample
 from gptlab.tokenizer import N_SPECIAL, SPECIAL_TOKENS, UNK_ID, Tokenizer, as_text, checked_ids
 from gptlab.vocabulary import checked_domain_tokens
 
+LARGEST = 2**24  # vocabulary that is believed
 PART = 2**16  # characters from which on a text is encoded in parts
 _LINE_START = re.compile(r"(?<=\S)\n(?=[^\s/])")  # known patterns cut there too, so ids stay as they are
 _STRAY = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `as_text` writes them
@@ -55,10 +56,12 @@ def _parts(text: str) -> Iterator[str]:
 class ByteLevelTokenizer(Tokenizer):
     """What both have in common: every byte is a token, so that any bytes can be spelt."""
 
-    def _know(self, content: Mapping[int, bytes]) -> None:
-        """Take the bytes of each id; of ids that are not there, it is a special token."""
-        size = max(content, default=0) + 1
-        self._bytes_of_id = [content.get(i, b"") for i in range(size)]
+    def _know(self, content: Mapping[int, bytes], shift: int) -> None:
+        """Take the bytes of each id, to which `shift` is added here; an id without bytes is a special token."""
+        if out := [i for i in content if not 0 <= i < LARGEST]:
+            raise ValueError(f"its id {out[0]} does not lie in 0 to {LARGEST:,}: it is damaged")
+        content = {i + shift: one for i, one in content.items()}
+        self._bytes_of_id = [content.get(i, b"") for i in range(max(content, default=0) + 1)]
         self._id_of_byte = {one[0]: i for i, one in sorted(content.items(), reverse=True) if len(one) == 1}
         if missing := 256 - len(self._id_of_byte):
             raise ValueError(f"{missing} of the 256 bytes are no token of it, so text would be lost; use another")
@@ -114,13 +117,16 @@ class HuggingFaceTokenizer(ByteLevelTokenizer):
         names = {i: name for name, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
         special = [names.get(i) if added.get(i, {}).get("special") else None for i in range(N_SPECIAL)]
         self._shift = 0 if tuple(special) == SPECIAL_TOKENS else N_SPECIAL
-        if "ByteLevel" not in _types(content["pre_tokenizer"]):
+        if "ByteLevel" not in _types(content.get("pre_tokenizer")):
             raise ValueError(
                 f"its pieces are not made of bytes (a {content['model'].get('type')} model), so text would be lost; "
                 "use a byte-level tokenizer.json, as GPT-2's, Llama 3's or Qwen's, or a sentencepiece model"
             )
         self.domain_tokens = tuple(token["content"] for token in added.values() if not token["special"])
-        self._know({i + self._shift: _content(name, added.get(i)) for i, name in names.items()})
+        self._know({i: _content(name, added.get(i)) for i, name in names.items()}, self._shift)
+        for token in added.values():
+            if token["special"] and not all(self._bytes_of_id[i] for i in self._encode(token["content"])):
+                raise ValueError(f"text can spell its special token {token['content']!r}, so it would be lost")
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -229,7 +235,9 @@ class TiktokenTokenizer(ByteLevelTokenizer):
             rank_of = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
         except ValueError as error:
             raise ValueError(f"not a file of ranks, a line '<base64> <id>' for each piece ({error})") from error
-        self._know({rank + N_SPECIAL: piece for piece, rank in rank_of.items()})
+        if len(piece_of := {rank: piece for piece, rank in rank_of.items()}) < len(pairs):
+            raise ValueError("not a file of ranks: a piece or an id comes twice")
+        self._know(piece_of, N_SPECIAL)
         library = _library("tiktoken")
         self._encoding = library.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=rank_of, special_tokens={})
 

@@ -98,12 +98,23 @@ def test_what_a_foreign_tokenizer_adds_and_cuts_is_left_out(tokenizers):
     assert tokenizer.fingerprint == tokenizers["foreign"].fingerprint
 
 
+def masquerade() -> bytes:
+    """A tokenizer.json that begins with gptlab's special tokens, one of which its merges make of plain text."""
+    content = json.loads(train("hf").json)
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = vocabulary | {"<s": len(vocabulary)}
+    content["model"]["merges"] = [["<", "s"], ["<s", ">"]]
+    content["pre_tokenizer"]["use_regex"] = False
+    return json.dumps(content).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (changed_json(pre_tokenizer={"type": "Whitespace"}), "not made of bytes.*byte-level tokenizer.json"),
         (changed_json(added_tokens=None), "damaged"),
         (b'{"model": {}}', "damaged"),
+        (masquerade(), "text can spell its special token '<s>'"),
         (
             changed_json(model=json.loads(foreign_json())["model"] | {"vocab": {"a": 0}, "merges": []}),
             "of the 256 bytes",
@@ -116,6 +127,24 @@ def test_a_tokenizer_json_that_would_lose_text_is_refused_by_name(tmp_path, cont
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "x", 3])
+def test_a_damaged_tokenizer_json_is_refused_and_nothing_worse(tmp_path, wrong):
+    content = json.loads(foreign_json())
+    file = tmp_path / "tokenizer.json"
+    for key in content:
+        for damaged in ({k: v for k, v in content.items() if k != key}, content | {key: wrong}, wrong):
+            file.write_text(json.dumps(damaged))
+            assert outcome(file) in ("a b", "refused"), key
+
+
+def outcome(file) -> str:
+    try:
+        tokenizer = load_tokenizer(file)
+    except ValueError:
+        return "refused"
+    return tokenizer.decode(tokenizer.encode("a b"))
 
 
 def test_files_of_other_libraries_are_read_where_they_lie(tokenizers, tmp_path, monkeypatch):
@@ -143,11 +172,16 @@ def test_vocab_bpe_gives_the_ids_that_tiktoken_gives_it(tmp_path, monkeypatch):
     assert {tokenizer.decode_bytes([i]): i - 13 for i in range(13, tokenizer.vocab_size)} == ranks
 
 
-@pytest.mark.parametrize("content", [b"a b c\n", b"!!! 1\n", b"YQ== one\n", b"YQ== 0\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"a b c\n", b"!!! 1\n", b"YQ== one\n", b"YQ== 0\n", b"YQ== -5\n", b"YQ== 99999999999\n", b"YQ== 0\nYg== 0\n"],
+)
 def test_a_file_of_ranks_that_is_damaged_is_refused_by_name(tmp_path, content):
     file = tmp_path / "gpt2.tiktoken"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"gpt2\.tiktoken: (not a file of ranks|255 of the 256 bytes)"):
+    with pytest.raises(
+        ValueError, match=r"gpt2\.tiktoken: (not a file of ranks|255 of the 256 bytes|its id -?\d+ does)"
+    ):
         load_tokenizer(file)
 
 
