@@ -62,7 +62,7 @@ class ByteLevelTokenizer(Tokenizer):
             raise ValueError(f"its id {out[0]} does not lie in 0 to {LARGEST:,}: it is damaged")
         content = {i + shift: one for i, one in content.items()}
         self._bytes_of_id = [content.get(i, b"") for i in range(max(content, default=0) + 1)]
-        self._id_of_byte = {one[0]: i for i, one in sorted(content.items(), reverse=True) if len(one) == 1}
+        self._id_of_byte = {one[0]: i for i, one in content.items() if len(one) == 1}
         if missing := 256 - len(self._id_of_byte):
             raise ValueError(f"{missing} of the 256 bytes are no token of it, so text would be lost; use another")
         broken = [i for i, one in content.items() if not _is_text(one)]

@@ -84,6 +84,22 @@ def test_a_foreign_tokenizer_says_what_it_loses(changes, lost):
     assert np.array_equal(tokenizer.encode("a " * 2**17), tokenizer._encode("a " * 2**17))
 
 
+def test_a_foreign_tokenizer_draws_no_lots_and_swallows_no_space():
+    content = json.loads(foreign_json())
+    token = content["added_tokens"][0] | {
+        "id": 601,
+        "content": "ACME",
+        "special": False,
+        "lstrip": True,
+        "rstrip": True,
+    }
+    changes = {"model": content["model"] | {"dropout": 0.5}, "added_tokens": [*content["added_tokens"], token]}
+    tokenizer = HuggingFaceTokenizer(changed_json(**changes))
+    assert tokenizer.encode(DOCUMENTS[0]).tolist() == of_kind("foreign").encode(DOCUMENTS[0]).tolist()
+    assert tokenizer.decode(tokenizer.encode("an  ACME  part")) == "an  ACME  part"
+    assert tokenizer.domain_tokens == ("ACME",)
+
+
 def test_what_a_foreign_tokenizer_adds_and_cuts_is_left_out(tokenizers):
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     roberta = {

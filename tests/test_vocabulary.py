@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kinds import DOMAIN, KINDS, of_kind, train
+from kinds import DOCUMENTS, DOMAIN, KINDS, of_kind, train
 
 from gptlab.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer
 from gptlab.vocabulary import readable
@@ -58,6 +58,14 @@ def test_a_domain_token_is_one_token_wherever_it_stands(kind, token):
         assert len(ids & set(found)) == 1
         assert sum(i in ids for i in found) == text.count(token)
         assert tokenizer.decode(found) == text
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "hf"])
+def test_a_domain_token_that_training_is_full_of_is_not_learnt_a_second_time(kind):
+    tokenizer = train(kind, [*DOCUMENTS, "ACME ACMEs " * 2000], domain_tokens=["ACME"])
+    assert tokenizer.vocab_size == 500
+    pieces = [tokenizer.decode([i]) for i in range(500)]
+    assert [piece for piece in pieces if "ACME" in piece] == ["ACME"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "hf", "word"])
