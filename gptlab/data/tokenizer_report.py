@@ -209,7 +209,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
         for first, *others in rows
     ]
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
-    return f'<div class="wide" tabindex="0">{table}</div>'
+    return f'<div class="wide" tabindex="0" role="region" aria-label="by {_safe(header[0])}">{table}</div>'
 
 
 def _example_html(example: dict) -> str:
