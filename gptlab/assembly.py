@@ -22,7 +22,8 @@ from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
-from gptlab.data.module import TextDataModule
+from gptlab.data.corpus import Files, Source
+from gptlab.data.module import TextDataModule, reading_of
 from gptlab.data.remote import is_remote
 from gptlab.machine import set_compiler
 from gptlab.model import GPT, GPTConfig
@@ -46,7 +47,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
     data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
     if "folders" in (source := cfg["data"]["source"] or {}):
         data["source"] = source | {"folders": absolute("data.source.folders", source["folders"])}
-    tokenizer = {"path": absolute("tokenizer.path", cfg["tokenizer"].get("path"))}
+    given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
+    tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
     return cfg | {
         "data": cfg["data"] | data,
         "tokenizer": cfg["tokenizer"] | tokenizer,
@@ -56,8 +58,25 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:
     """An existing tokenizer, if `tokenizer.path` names one, or what makes one of the training text."""
-    settings = {name: value for name, value in node.items() if name != "path"}
+    if node.get("path") and node.get("files") is not None:
+        raise ValueError(
+            f"tokenizer.files={node['files']} is to train a tokenizer, and tokenizer.path={node['path']} is one: leave "
+            "one of them out"
+        )
+    settings = {name: value for name, value in node.items() if name not in ("path", "files")}
     return load_tokenizer(node["path"], trust) if node.get("path") else config.make(settings)
+
+
+def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
+    """The text of `tokenizer.files`, where a tokenizer is to learn from other text than the model."""
+    if (files := cfg["tokenizer"].get("files")) is None:
+        return None
+    source = Files(files, reading_of(config.data_config(cfg["data"])))
+    try:
+        source.paths()
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.files", "tokenizer.files")) from error
+    return source
 
 
 def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
@@ -69,6 +88,7 @@ def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextD
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
         block_size=cfg["model"]["block_size"],
         seed=cfg["seed"],
+        tokenizer_source=None if tokenizer else tokenizer_source(cfg),
     )
     data.prepare_data()
     data.setup()

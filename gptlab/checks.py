@@ -177,7 +177,8 @@ def misfits(path: str, target: Any, node: dict[str, Any]) -> Iterator[str]:
     except (NameError, TypeError):  # annotations that only a type checker can read
         hints = {}
     for name, value in node.items():
-        if name.startswith("_") or name == "path" or (name, value) == ("precision", "auto"):
+        is_of_a_door = name in ("path", "files") and path == "tokenizer"  # read before the target is called
+        if name.startswith("_") or is_of_a_door or (name, value) == ("precision", "auto"):
             continue
         if name not in parameters and not takes_any:
             close = nearest(name, parameters)

@@ -68,7 +68,7 @@ def tokenizer_faults(
     if "tokenizer" in overridden and not node["_target_"].startswith(kind):
         yield "tokenizer", (kind, node["_target_"].removesuffix(".train"))
         return
-    for name, value in theirs.settings.items():
+    for name, value in ({"files": "its own tokenizer", "domain_tokens": []} | theirs.settings).items():
         given = node.get(name) is not None and bool({"tokenizer", f"tokenizer.{name}"} & set(overridden))
         if given and node[name] != value:
             yield f"tokenizer.{name}", (value, node[name])

@@ -5,12 +5,18 @@ from gptlab import start
 if __name__ == "__main__":
     start.begin("prepare")  # before the imports, which take seconds
 
+import json
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from gptlab import assembly, checks, doors
+from gptlab.data import tokenizer_report
+from gptlab.data.module import TextDataModule
+from gptlab.data.tokens import Prepared
 from gptlab.data.windows import report
+from gptlab.run import write_json, write_text
 
 
 def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
@@ -44,8 +50,43 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     doors.say(
         f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
     )
+    show_tokenizer(stored_report(data, prepared))
+    doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")
     return 0
+
+
+def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
+    """The report on the tokenizer that stands beside its tokens, made and put there if there is none."""
+    path = prepared.folder / "tokenizer_report.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] == tokenizer_report.FORMAT and (prepared.folder / "tokenizer.html").is_file():
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    texts = tokenizer_report.texts_by_source(data.source)
+    content = tokenizer_report.tokenizer_report(prepared.tokenizer, texts)
+    write_text(path.with_name("tokenizer.html"), tokenizer_report.html(content))
+    write_json(path, content)
+    return content
+
+
+def show_tokenizer(content: dict[str, Any]) -> None:
+    """The main figures of the report, a line for each source."""
+    total = content["total"]
+    doors.say(f"the tokenizer on {total['bytes']:,} bytes of it; it loses {content['loses'] or 'nothing'}")
+    table = Table()
+    table.add_column("")
+    columns = {key: form for key, form in tokenizer_report.COLUMNS.items() if key not in ("bytes", "tokens")}
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    rows = content["sources"] | ({"all": total} if len(content["sources"]) > 1 else {})
+    for name, figures in rows.items():
+        cells = ("" if figures[key] is None else form.format(figures[key]) for key, form in columns.items())
+        table.add_row(Text(name), *cells)
+    doors.show(table)
+    doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in content["longest_pieces"][:6]))
 
 
 def main() -> None:

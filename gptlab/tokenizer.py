@@ -1,19 +1,17 @@
-"""Text to token ids and back: one interface, three kinds, and the special tokens, declared here and nowhere else.
+"""Text to token ids and back: the one interface, three of its kinds, and the special tokens, declared here alone.
 
 A special token's id never comes out of text, whatever a user types: "<|user|>" in a document is eight characters.
 Only code that calls `special_id` can put one into a sequence. Sentencepiece and byte tokenizers are lossless: any
-text and any bytes come back exactly.
+text and any bytes come back exactly. `words` and `borrowed` hold further kinds.
 """
 
 import hashlib
-import heapq
-import io
 import json
 import os
-import random
 import re
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import chain, takewhile
 from pathlib import Path
@@ -23,7 +21,10 @@ import numpy as np
 import sentencepiece
 import torch
 
+from gptlab.chunks import chunks, training_sample
 from gptlab.names import load_class
+from gptlab.pieces import SPACE, learn
+from gptlab.vocabulary import checked_domain_tokens, listing
 
 # Ids 0.. in this order in every tokenizer: sentencepiece's own four, then the marks of dialogue and tool calls.
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -36,13 +37,21 @@ N_SPECIAL = len(SPECIAL_TOKENS)
 
 FORMAT = 1  # of `state` and of the saved file; to be raised whenever they or SPECIAL_TOKENS change
 SIDECAR = "gptlab_tokenizer.json"
+LISTING = "vocab.tsv"
+FOREIGN = {  # the classes that read files of other libraries with `from_file`, by the end of a file's name
+    ".json": "gptlab.borrowed.HuggingFaceTokenizer",
+    ".tiktoken": "gptlab.borrowed.TiktokenTokenizer",
+    ".bpe": "gptlab.borrowed.TiktokenTokenizer",
+}
 
 
 class Tokenizer(ABC):
     """What the rest of gptlab asks of a tokenizer. A new kind needs the abstract methods and a dotted name."""
 
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
-    _spelling_ids = frozenset([UNK_ID])  # ids that stand in for characters outside the vocabulary
+    domain_tokens: tuple[str, ...] = ()  # texts that are one token wherever they stand
+    loses = ""  # what of a text does not come back, in a sentence; nothing, where this is empty
+    spelling_ids = frozenset([UNK_ID])  # ids that stand in for characters outside the vocabulary
 
     def __init__(self, settings: Mapping | None = None):
         self.settings = dict(settings or {})  # what it was built with, as plain types: a record, no input to encode
@@ -78,10 +87,20 @@ class Tokenizer(ABC):
 
     def coverage(self, counts: Mapping[str, int]) -> float:
         """The share of characters, weighted by their `counts`, that the vocabulary holds whole."""
-        native = (
-            n for character, n in counts.items() if self._spelling_ids.isdisjoint(self.encode(character).tolist())
-        )
+        native = (n for character, n in counts.items() if self.spelling_ids.isdisjoint(self.encode(character).tolist()))
         return sum(native) / max(sum(counts.values()), 1)
+
+    def kind(self, i: int) -> str:
+        """What the id `i` is: "special" (it gives no text), "domain", "byte" (a part of a character) or "piece"."""
+        if i < len(self.special_tokens) or not (content := self.decode_bytes([i])):
+            return "special"
+        if content.decode("utf-8", "replace") in self.domain_tokens:
+            return "domain"
+        return "byte" if i in self.spelling_ids else "piece"
+
+    def score(self, i: int) -> float | None:
+        """The figure by which pieces are chosen, where there is one."""
+        return None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,13 +141,21 @@ class Tokenizer(ABC):
         return tokenizer
 
     def save(self, folder: Path) -> None:
-        """Write `state` to `folder`: a JSON file, last, and beside it `tokenizer.<key>` for each bytes of `data`."""
+        """Write `state` to `folder`: a JSON file, last, and beside it `tokenizer.<key>` for each bytes of `data`.
+
+        `vocab.tsv` is for people. Another tokenizer that stands there is kept, in `<folder>.old-<its fingerprint>`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _move_aside(folder, self.fingerprint)
         data = dict(self.data())
         files = sorted(key for key, value in data.items() if type(value) is bytes)
         for key in files:
             _write(folder / f"tokenizer.{key}", data.pop(key))
+        names = dict(enumerate(self.special_tokens))
+        ids = range(self.vocab_size)
+        rows = ((i, names.get(i), self.decode_bytes([i]), self.kind(i), self.score(i)) for i in ids)
+        _write(folder / LISTING, listing(rows).encode())
         state = self.state() | {"data": data, "files": files}
         _write(folder / SIDECAR, json.dumps(state, indent=1, sort_keys=True).encode())
 
@@ -137,19 +164,22 @@ tokenizer_from_state = Tokenizer.from_state
 
 
 def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
-    """The tokenizer saved at `path`: its folder, the JSON file in it, a run folder, or a bare sentencepiece model.
+    """The tokenizer saved at `path`: its folder, the JSON file in it, a run folder, or a file of another library.
 
-    A bare model must be lossless and have `<unk> <s> </s> <pad>` as ids 0 to 3. Raises ValueError for anything else.
+    Those are HuggingFace's tokenizer.json, or a folder with it; a .tiktoken file or GPT-2's vocab.bpe; and a bare
+    sentencepiece model, lossless and with `<unk> <s> </s> <pad>` as ids 0 to 3. Raises ValueError for anything else.
     """
     path = Path(path)
-    places = [path / SIDECAR, path / "tokenizer" / SIDECAR] if path.is_dir() else [path]
+    places = [path / SIDECAR, path / "tokenizer" / SIDECAR, path / "tokenizer.json"] if path.is_dir() else [path]
     if (file := next((place for place in places if place.is_file()), None)) is None:
         raise ValueError(f"no tokenizer at {path}: give tokenizer.path a run, or a tokenizer folder or file")
     try:
-        if file.suffix != ".json":
+        state = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
+        if file.suffix in FOREIGN and not (isinstance(state, dict) and "model" not in state):
+            return load_class(FOREIGN[file.suffix], Tokenizer).from_file(file)
+        if state is None:
             return SentencePieceTokenizer(file.read_bytes())
-        state = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not isinstance(state.get("data"), dict):
+        if not isinstance(state.get("data"), dict):
             raise ValueError("it does not hold a tokenizer")
         for key in state.get("files", ()):
             if not key.isidentifier():  # the key becomes a file name: it must stay in this folder
@@ -159,6 +189,23 @@ def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
     except (ValueError, OSError) as error:
         remedy = "; it is damaged: restore it, or name another" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{file}: {error}{remedy}") from error
+
+
+def _move_aside(folder: Path, fingerprint: str) -> None:
+    """Move a tokenizer with another fingerprint from `folder` to one beside it, unless it cannot be read anyway."""
+    try:
+        state = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        theirs, files = str(state["fingerprint"]), [f"tokenizer.{key}" for key in state["files"] if key.isidentifier()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if theirs == fingerprint:
+        return
+    aside = folder.with_name(f"{folder.absolute().name}.old-{theirs[:8]}")
+    aside.mkdir(exist_ok=True)
+    for name in (*files, LISTING):
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, aside / name)
+    os.replace(folder / SIDECAR, aside / SIDECAR)  # last: from now on it is there, and no longer here
 
 
 def _dotted_name(tokenizer: Tokenizer) -> str:
@@ -172,14 +219,14 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _checked_ids(ids, vocab_size: int) -> np.ndarray:
+def checked_ids(ids, vocab_size: int) -> np.ndarray:
     ids = np.asarray(ids, dtype=np.int64).reshape(-1)
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(f"ids from {ids.min()} to {ids.max()} do not all lie in the vocabulary of {vocab_size}")
     return ids
 
 
-def _text(text: str | bytes) -> str:
+def as_text(text: str | bytes) -> str:
     """`text` as a str in which bytes that are no UTF-8 are U+DC80 to U+DCFF, Python's "surrogateescape"."""
     if isinstance(text, bytes):
         return text.decode("utf-8", "surrogateescape")
@@ -192,22 +239,27 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = N_SPECIAL + 256
 
+    def kind(self, i: int) -> str:
+        return "special" if i < N_SPECIAL else "byte"
+
     @classmethod
     def train(cls, texts: Iterable[str] = ()) -> Self:
         return cls()
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        content = _text(text).encode("utf-8", "surrogateescape")
+        content = as_text(text).encode("utf-8", "surrogateescape")
         return np.frombuffer(content, dtype=np.uint8).astype(np.int32) + N_SPECIAL
 
     def decode_bytes(self, ids) -> bytes:
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return (ids[ids >= N_SPECIAL] - N_SPECIAL).astype(np.uint8).tobytes()
 
 
 class CharTokenizer(Tokenizer):
     """Every character of the training text is a token. Lossy: any other character, and any byte that is no UTF-8,
     becomes <unk>, which decodes to U+FFFD so that the loss is seen."""
+
+    loses = "characters that the training text did not hold: they become <unk>, which is read as U+FFFD"
 
     def __init__(self, characters: str, settings: Mapping | None = None):
         super().__init__(settings)
@@ -236,7 +288,7 @@ class CharTokenizer(Tokenizer):
         return self._id_of_code[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
 
     def decode_bytes(self, ids) -> bytes:
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         codes = self._code_of_id[ids[(ids >= N_SPECIAL) | (ids == UNK_ID)]]
         return codes.tobytes().decode("utf-32-le").encode()
 
@@ -244,12 +296,10 @@ class CharTokenizer(Tokenizer):
         return {"characters": self.characters}
 
 
-CHUNK_CHARACTERS = 4096  # sentencepiece takes four times as long over one big string
-_SPACE = "\u2581"  # sentencepiece's sign for a space: the one character its pieces cannot spell
-_PROBE = "  A\n\n b\t 12\u00c9e\u0301\u212b\ufb01 " + _SPACE  # changed by every normalizer but identity
+_PROBE = "  A\n\n b\t 12\u00c9e\u0301\u212b\ufb01 " + SPACE  # changed by every normalizer but identity
 # U+2585 is its sign for the unknown; training would skip a chunk that has one. Lone surrogates have no bytes.
-_UNLEARNABLE = re.compile(f"[{_SPACE}\u2585\ud800-\udfff]")
-_NEEDS_BYTES = re.compile(f"([{_SPACE}\udc80-\udcff]+)")
+_UNLEARNABLE = re.compile(f"[{SPACE}\u2585\ud800-\udfff]")
+_NEEDS_BYTES = re.compile(f"([{SPACE}\udc80-\udcff]+)")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -262,6 +312,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, settings: Mapping | None = None):
         super().__init__(settings)
         self.model = model
+        self.domain_tokens = tuple(self.settings.get("domain_tokens", ()))  # the model can't be asked which they are
         try:
             self._processor = sp = sentencepiece.SentencePieceProcessor()
             sp.load_from_serialized_proto(model)
@@ -275,8 +326,8 @@ class SentencePieceTokenizer(Tokenizer):
         if len(self.special_tokens) < 4:
             raise ValueError(f"ids 0 to 3 of this model are {names[:4]}, and must be {list(SPECIAL_TOKENS[:4])}")
         self._id_of_byte = {int(names[i][1:-1], 16): i for i in range(n) if sp.is_byte(i)}
-        self._spelling_ids = frozenset([UNK_ID, *self._id_of_byte.values()])
-        self._bytes_of_id = [b"" if i in special else names[i].replace(_SPACE, " ").encode() for i in range(n)]
+        self.spelling_ids = frozenset([UNK_ID, *self._id_of_byte.values()])
+        self._bytes_of_id = [b"" if i in special else names[i].replace(SPACE, " ").encode() for i in range(n)]
         for byte, i in self._id_of_byte.items():
             self._bytes_of_id[i] = bytes([byte])
         if len(self._id_of_byte) < 256 or self.decode(self.encode(_PROBE)) != _PROBE:
@@ -291,6 +342,7 @@ class SentencePieceTokenizer(Tokenizer):
         model_type: str,
         character_coverage: float,
         max_train_bytes: int,
+        domain_tokens: list[str] | None = None,
         seed: int = 0,
     ) -> Self:
         """Learn `vocab_size` tokens, specials included, from a sample of at most `max_train_bytes` of `texts`.
@@ -303,9 +355,11 @@ class SentencePieceTokenizer(Tokenizer):
         if not 0.98 <= character_coverage <= 1:
             raise ValueError(f"tokenizer.character_coverage={character_coverage} must lie in [0.98, 1]")
         options = {"vocab_size": vocab_size, "model_type": model_type, "character_coverage": character_coverage}
-        chunks = (chunk for text in texts for chunk in _chunks(_UNLEARNABLE.sub(" ", text)))
-        model = _train_model(_sample(chunks, max_train_bytes, seed), options)
-        tokenizer = cls(model, options | {"max_train_bytes": max_train_bytes, "seed": seed})
+        domain = checked_domain_tokens(domain_tokens, cls.special_tokens)
+        kept = training_sample((_UNLEARNABLE.sub(" ", text) for text in texts), max_train_bytes, seed)
+        model = learn(kept, SPECIAL_TOKENS, domain, **options)
+        used = {"max_train_bytes": max_train_bytes, "seed": seed, "domain_tokens": domain}
+        tokenizer = cls(model, options | used)
         assert tokenizer.special_tokens == SPECIAL_TOKENS, tokenizer.special_tokens
         return tokenizer
 
@@ -314,11 +368,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.vocab_size()
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        text = _text(text)
+        text = as_text(text)
         if not _NEEDS_BYTES.search(text):
-            return np.fromiter(chain.from_iterable(map(self._processor.encode, _chunks(text))), dtype=np.int32)
+            return np.fromiter(chain.from_iterable(map(self._processor.encode, chunks(text))), dtype=np.int32)
         ids: list[int] = []
-        for chunk in _chunks(text):
+        for chunk in chunks(text):
             for i, part in enumerate(_NEEDS_BYTES.split(chunk)):
                 if i % 2:  # split() with a group puts what it matched at the odd places
                     ids += [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
@@ -327,7 +381,10 @@ class SentencePieceTokenizer(Tokenizer):
         return np.array(ids, dtype=np.int32)
 
     def decode_bytes(self, ids) -> bytes:
-        return b"".join([self._bytes_of_id[i] for i in _checked_ids(ids, self.vocab_size).tolist()])
+        return b"".join([self._bytes_of_id[i] for i in checked_ids(ids, self.vocab_size).tolist()])
+
+    def score(self, i: int) -> float | None:
+        return self._processor.get_score(i)
 
     def data(self) -> dict[str, object]:
         return {"model": self.model}
@@ -338,63 +395,3 @@ class SentencePieceTokenizer(Tokenizer):
         sp = self._processor
         pieces = [(sp.id_to_piece(i), sp.get_score(i), as_bytes) for i, as_bytes in enumerate(self._bytes_of_id)]
         return [pieces, self.encode(_PROBE).tolist()]
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """`text` in pieces of at most CHUNK_CHARACTERS, cut after a line end, else before a space, else anywhere."""
-    start = 0
-    while len(text) - start > CHUNK_CHARACTERS:
-        limit = start + CHUNK_CHARACTERS
-        end = text.rfind("\n", start, limit) + 1 or max(text.rfind(" ", start + 1, limit), 0) or limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _sample(chunks: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """A uniform sample of at most `max_bytes`, in order, in one pass: each chunk draws a lot, the lowest stay."""
-    draw = random.Random(seed)
-    kept: list[tuple[float, int, str]] = []  # a heap whose top is the highest lot
-    kept_bytes = 0
-    for index, chunk in enumerate(chunks):
-        heapq.heappush(kept, (-draw.random(), index, chunk))
-        kept_bytes += len(chunk.encode())
-        while kept_bytes > max_bytes and len(kept) > 1:  # never down to nothing
-            kept_bytes -= len(heapq.heappop(kept)[2].encode())
-    return [chunk for _, _, chunk in sorted(kept, key=lambda item: item[1])]
-
-
-_VOCAB_REMEDIES = {  # by sentencepiece's message
-    r"size too high.*<= (\d+)": "the largest possible for this text is {}; lower it, or give more text",
-    r"size is smaller.* vs (\d+)": "the smallest possible for this text is {}; raise it, or lower character_coverage",
-}
-
-
-def _train_model(chunks: list[str], options: dict) -> bytes:
-    if not any(chunk.strip() for chunk in chunks):
-        raise ValueError("the tokenizer's training text is empty: point data at files that hold text")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks),  # files would be cut into lines, and their line ends lost
-            model_writer=model,
-            **options,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            required_chars="\n\t",  # a chunk's last line end is dropped in training
-            pad_id=PAD_ID,  # <unk>, <s> and </s> are 0, 1 and 2 unless told otherwise
-            control_symbols=list(SPECIAL_TOKENS[4:]),
-            max_sentence_length=4 * CHUNK_CHARACTERS,  # in bytes; a longer one would be skipped
-            num_threads=4,  # fixed: it changes the last digits of a unigram model's scores
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        for message, remedy in _VOCAB_REMEDIES.items():
-            if found := re.search(message, str(error)):
-                raise ValueError(f"tokenizer.vocab_size={options['vocab_size']}: {remedy.format(found[1])}") from error
-        raise
-    return model.getvalue()

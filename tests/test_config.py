@@ -147,10 +147,10 @@ def test_version_and_help_as_commands(tmp_path):
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
-    "cost depth",
+    "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus "
     "data.document data.encoding data.formats data.grammar data.remote "
-    "data.sources data.stories data.tokens data.windows data.workers",
+    "data.sources data.stories data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "

@@ -10,7 +10,7 @@ import torch
 from test_callbacks import result, rows
 
 from gptlab.callbacks.floor import Floor, compared, first_documents
-from gptlab.data.corpus import Optimum
+from gptlab.data.grammar import Optimum
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.stories import Stories
 from gptlab.tasks.metrics import TokenMetrics

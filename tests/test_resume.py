@@ -356,10 +356,10 @@ def test_changed_data_is_refused_naming_both_fingerprints_and_nothing_is_lost(tr
 
 
 @pytest.mark.parametrize("damage", ["gone", "broken", "half"])
-@pytest.mark.parametrize("kind", ["char", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["char", "sentencepiece", "hf", "word"])
 def test_a_damaged_tokenizer_is_mended_from_the_checkpoint(train, tmp_path, capsys, kind, damage):
     run = tmp_path / "run"
-    size = ("tokenizer.vocab_size=320",) if kind == "sentencepiece" else ()
+    size = ("tokenizer.vocab_size=320",) if kind in ("sentencepiece", "hf") else ()
     assert train(run, "trainer.max_steps=2", f"tokenizer={kind}", *size) == 0
     before = {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()}
     sidecar = run / "tokenizer/gptlab_tokenizer.json"

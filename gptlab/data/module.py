@@ -53,6 +53,7 @@ class TextDataModule(LightningDataModule):
         block_size: int,
         seed: int,
         cache: Path | None = None,
+        tokenizer_source: Source | None = None,
     ):
         super().__init__()
         check(config)
@@ -63,7 +64,7 @@ class TextDataModule(LightningDataModule):
         if source is None:
             raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
         self.source = cleaned(source, config)
-        self.build_tokenizer = tokenizer
+        self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
         self.cache = cache or cache_dir()
         self.prepared: Prepared | None = None
 
@@ -81,6 +82,7 @@ class TextDataModule(LightningDataModule):
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
             workers=self.config.prepare_workers,
+            tokenizer_source=self.tokenizer_source,
         )
 
     def setup(self, stage: str | None = None) -> None:

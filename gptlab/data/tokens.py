@@ -119,18 +119,19 @@ def prepare(
     validation_fraction: float,
     cache: Path,
     workers: int | None = None,
+    tokenizer_source: Source | None = None,
 ) -> Prepared:
     """Split the source, get the tokenizer, and encode both sides, unless `cache` has the result already.
 
-    `tokenizer` is one, or a partial of some `Tokenizer.train`, which then learns from the training text alone. With a
-    `validation_source`, all of `source` is for training. Any number of processes may call this at once, and die at any
-    time: one builds, the others wait, and no half of a file is used; the next one goes on where a killed one was.
-    `workers` processes encode, or None for as many as is quickest.
+    `tokenizer` is one, or a partial of some `Tokenizer.train`, which then learns from the training text alone, or from
+    all of `tokenizer_source`. With a `validation_source`, all of `source` is for training. Any number of processes may
+    call this at once, and die at any time: one builds, the others wait, and no half of a file is used; the next one
+    goes on where a killed one was. `workers` processes encode, or None for as many as is quickest.
     """
     text = _SplitText(source, validation_source, validation_fraction)
     cache = Path(cache)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _trained_tokenizer(text, tokenizer, cache / "tokenizers")
+        tokenizer = _trained_tokenizer(text, tokenizer, cache / "tokenizers", tokenizer_source)
     trust = (type(tokenizer).__module__.split(".")[0],)  # its code runs already
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
@@ -216,15 +217,19 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _trained_tokenizer(text: _SplitText, build: Callable[..., Tokenizer], cache: Path) -> Tokenizer:
+def _trained_tokenizer(
+    text: _SplitText, build: Callable[..., Tokenizer], cache: Path, source: Source | None
+) -> Tokenizer:
     partial = build if isinstance(build, functools.partial) else functools.partial(build)
     owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
     name = [owner.__module__, owner.__qualname__, partial.func.__name__]
-    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, text.training_identity)
+    learnt_from = _source_identity(source, _file_records(source)) if source else text.training_identity
+    texts = (document.text for document in source.documents()) if source else text.training_texts()
+    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, learnt_from)
     return _once(
         cache / key,
         load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
-        build=lambda folder: build(text.training_texts()).save(folder),
+        build=lambda folder: build(texts).save(folder),
     )
 
 
