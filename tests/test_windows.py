@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
 from gptlab.data.tokens import TokenFile
-from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, permute, window_count
+from gptlab.data.windows import (
+    JoinedWindows,
+    ScoringOrder,
+    TrainingOrder,
+    WindowDataset,
+    WindowLoader,
+    permute,
+    window_count,
+)
 
 
 def flat(lists) -> list[int]:
@@ -182,6 +190,21 @@ def global_batches(count: int, batch_size: int, accumulate: int, world: int, epo
     assert {len(batches) for batches in ranks} == {len(order)}
     micro = [flat(parts) for parts in zip(*ranks, strict=True)]
     return [sorted(flat(micro[i : i + accumulate])) for i in range(0, len(micro), accumulate)]
+
+
+def test_joined_windows_are_those_of_each_file_in_turn(token_file):
+    parts = [WindowDataset(token_file(n), 4, 4, keep_tail=True) for n in (18, 1, 9, 30)]  # one is too short for any
+    joined = JoinedWindows(parts)
+    alone = [part[i] for part in parts for i in range(len(part))]
+    assert len(joined) == len(alone) == 5 + 0 + 2 + 8
+    order = [3, 14, -1, 0, 5, 6, 4, 14]
+    batch = joined.__getitems__(order)
+    for row, index in enumerate(order):
+        expected = alone[index] if index >= 0 else parts[0][-1]
+        for name, values in expected.items():
+            assert torch.equal(batch[name][row], values)
+            assert torch.equal(joined[index][name], values)
+    assert not batch["loss_mask"][2].any()
 
 
 @pytest.mark.parametrize("count", [16, 103, 5001])

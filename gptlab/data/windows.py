@@ -4,7 +4,7 @@ Shapes: B batch, T time (block_size).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -57,6 +57,38 @@ class WindowDataset(Dataset):
             found, mask = self.tokens[np.where(inside, at, 0)], torch.from_numpy(inside[:, 1:])
         windows = torch.from_numpy(found.astype(np.int64))
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
+
+
+class JoinedWindows(Dataset):
+    """The windows of several datasets of one block size, numbered through; none lies across two of them."""
+
+    def __init__(self, parts: Sequence[WindowDataset]):
+        self.parts = list(parts)
+        self.block_size = self.parts[0].block_size
+        self.starts = np.cumsum([0, *map(len, self.parts)])  # the number of each part's first window, and of them all
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """As WindowDataset's; window -1 is nothing but padding here too."""
+        numbers = np.asarray(indices)
+        owners = np.where(numbers < 0, 0, np.searchsorted(self.starts, numbers, side="right") - 1)
+        batch: dict[str, Tensor] = {}
+        for owner in np.unique(owners).tolist():
+            rows = np.flatnonzero(owners == owner)
+            own = np.where(numbers[rows] < 0, -1, numbers[rows] - self.starts[owner])
+            found = self.parts[owner].__getitems__(own.tolist())
+            if len(rows) == len(numbers):
+                return found
+            for name, values in found.items():
+                batch.setdefault(name, values.new_empty(len(numbers), *values.shape[1:]))[torch.from_numpy(rows)] = (
+                    values
+                )
+        return batch
 
 
 def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[str, Any]]:
