@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CHECK_FORMAT = 1  # raise it when a check would find other things, or keep them otherwise
 MOST_THREADS = 8
+COUNTED = 2**17  # ids at a time: what fits the processor's cache is counted twice as fast
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: C
         digest.update(block.data)
         _require_known(shard.path, ids, start, block, len(token_bytes))
         here = min(max(cut - start, 0), len(block))
-        for side, part in enumerate((block[:here], block[here:])):
-            times[side] += np.bincount(part.astype(np.int64), minlength=len(token_bytes))
+        for row, part in zip(times, (block[:here], block[here:]), strict=True):
+            for first in range(0, len(part), COUNTED):
+                row += np.bincount(part[first : first + COUNTED].astype(np.int64), minlength=len(token_bytes))
         count(block.nbytes)
     after = shard.path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
