@@ -74,13 +74,14 @@ def prepare_ids(
     if validation_files is not None:
         own["validation"] = open_shards(validation_files, "data.validation_tokens")
     shards = [shard for side in own.values() for shard in side]
+    _refuse_copies(shards, [shard.path.resolve() for shard in shards], len(own["train"]))
     for shard in shards:
         _require_fitting(shard, tokenizer)
     rule = "source" if validation_files is not None else "hash" if len(shards) >= MANY_SHARDS else "tail"
     cuts = [cut_of(shard.ids, validation_fraction) if rule == "tail" else None for shard in shards]
     found = check_shards(shards, cuts, tokenizer, Path(cache) / "shards", again)
     if rule == "source":
-        _refuse_copies(shards, found, len(own["train"]))
+        _refuse_copies(shards, [checked.sha256 for checked in found], len(own["train"]))
     sides = list(_sides(shards, cuts, found, rule, validation_fraction, len(own["train"])))
     return _prepared(sides, shards, found, rule, validation_fraction, tokenizer, Path(cache) / "shards")
 
@@ -121,10 +122,11 @@ def _require_fitting(shard: Shard, tokenizer: Tokenizer) -> None:
         )
 
 
-def _refuse_copies(shards: list[Shard], found: list[Checked], training: int) -> None:
-    known = {checked.sha256: shard.path for shard, checked in zip(shards[:training], found[:training], strict=True)}
-    for shard, checked in zip(shards[training:], found[training:], strict=True):
-        if same := known.get(checked.sha256):
+def _refuse_copies(shards: list[Shard], known_by: list, training: int) -> None:
+    """Raise ValueError where a shard that is held out is known by the same as one of the first ones, for training."""
+    known = {name: shard.path for shard, name in zip(shards[:training], known_by[:training], strict=True)}
+    for shard, name in zip(shards[training:], known_by[training:], strict=True):
+        if same := known.get(name):
             raise ValueError(
                 f"{shard.path} is held out, and the same as {same}, which is trained on: leave it out of one of them"
             )
