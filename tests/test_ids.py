@@ -18,7 +18,7 @@ from gptlab.data.ids import count_ids, cut_of, prepare_ids
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.shards import open_shards
 from gptlab.data.tokens import prepare
-from gptlab.data.windows import windows_of
+from gptlab.data.windows import windows_in
 from gptlab.tokenizer import EOS_ID, ByteTokenizer, CharTokenizer
 
 T = 8
@@ -65,7 +65,7 @@ def all_ids(folder: Path) -> list[int]:
 
 def shown(side, stride: int, keep_tail: bool = False) -> list[list[int]]:
     """Every window of a side, as its ids."""
-    windows = windows_of(side, T, stride, keep_tail)
+    windows = windows_in(side, T, stride, keep_tail)
     rows = []
     for number in range(len(windows)):
         window = windows[number]
@@ -77,7 +77,7 @@ def shown(side, stride: int, keep_tail: bool = False) -> list[list[int]]:
 @pytest.mark.parametrize("count", [1, 7, 99, 100, 230])
 def test_no_id_that_is_held_out_is_trained_on_and_no_window_crosses_files_or_sides(tmp_path, shards, count):
     data = prepared(shards(count), tmp_path / "cache")
-    assert data.meta["split"]["rule"] == ("tail" if count < 100 else "hash")
+    assert data.meta["split"]["rule"] == ("tail of file" if count < 100 else "hash of file")
     train, held_out = (ids_in(side) for side in (data.train, data.validation))
     assert sorted(train + held_out) == all_ids(tmp_path / f"shards-{count}-10")
     trained = {i for window in shown(data.train, T // 2) for i in window} - {EOS_ID}
@@ -150,7 +150,7 @@ def test_what_the_record_says_is_what_there_is(tmp_path, shards):
 def test_validation_tokens_are_held_out_whole_and_no_copy_of_training(tmp_path, shards):
     files, own = shards(3), shards(2, first=30_000)
     data = prepared(files, tmp_path / "cache", validation_files=own)
-    assert data.meta["split"] == {"rule": "source", "fraction": None}
+    assert data.meta["split"] == {"rule": "tokens", "fraction": None}
     assert set(ids_in(data.train)) == {i for s in open_shards(files) for i in s.ids[:].tolist()} - {EOS_ID}
     assert set(ids_in(data.validation)) == {i for s in open_shards(own) for i in s.ids[:].tolist()} - {EOS_ID}
     copy = tmp_path / "copy.bin"
@@ -327,7 +327,7 @@ def test_windows_and_figures_are_those_of_the_same_ids_prepared(tmp_path):
     for side in ("train", "validation"):
         for figure in ("tokens", "documents", "bytes", "unknown_tokens"):
             assert of_text.meta["splits"][side][figure] == of_ids.meta["splits"][side][figure], (side, figure)
-        one, other = (windows_of(getattr(data, side), T, T // 2) for data in (of_text, of_ids))
+        one, other = (windows_in(getattr(data, side), T, T // 2) for data in (of_text, of_ids))
         for number in (0, len(one) - 1):
             assert one[number]["targets"].tolist() == other[number]["targets"].tolist()
 
@@ -401,7 +401,10 @@ def test_from_the_command_line_in_any_folder_with_the_tokenizer_of_a_run(train, 
         (("data.tokens={}/0.bin", "tokenizer=byte", "data.deduplicate=exact"), ("data.deduplicate=exact",)),
         (("data.tokens={}/0.bin", "tokenizer=byte", "data.documents=line"), ("data.documents=line",)),
         (("data.tokens={}/0.bin", "tokenizer=byte", "data.validation_files=a"), ("data.validation_files=",)),
-        (("data.validation_tokens={}/0.bin",), ("data.validation_tokens=", "without data.tokens")),
+        (
+            ("data.validation_tokens={}/0.bin",),
+            ("data.validation_tokens=", "goes with data.tokens"),
+        ),
         (("data.tokens=3", "tokenizer=byte"), ("data.tokens=3", "is no path")),
         (("data.tokens={}/9.bin", "tokenizer=byte"), ("data.tokens='{}/9.bin'", "no such file")),
         (("data.tokens=[{0}/0.bin,{0}/0.bin]", "tokenizer=byte"), ("0.bin is named twice",)),
@@ -438,7 +441,7 @@ def test_the_folder_of_prepare_has_its_own_held_out_ids_and_tokenizer(tmp_path, 
         prepare_ids(folder, CharTokenizer("abc"), validation_fraction=0.1, cache=tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"give tokenizer.path={folder}")):
         ids.ready(CharTokenizer.train, folder)
-    assert count_ids(folder) == len(data.prepared.train)
+    assert count_ids(folder) == len(data.prepared.train) + len(data.prepared.validation)
 
 
 def test_the_dial_knows_how_many_ids_there_are(tmp_path):
