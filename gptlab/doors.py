@@ -54,6 +54,12 @@ class Console(logging.Handler):
         say(self.format(record))
 
 
+def log_to_stderr() -> None:
+    """gptlab's own log there, since standard output is for a program to read."""
+    log.handlers = [handler for handler in log.handlers if not isinstance(handler, Console)]
+    log.addHandler(logging.StreamHandler(sys.stderr))
+
+
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """gptlab's own log on the console, and with times in `path`; of several processes, the first one's alone."""

@@ -135,13 +135,13 @@ def permute(positions: np.ndarray, count: int, key: str) -> np.ndarray:
     while walking.any():
         left, right = values[walking] >> np.uint64(half), values[walking] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
         values[walking] = (left << np.uint64(half)) | right
         walking = values >= np.uint64(count)
     return values.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every bit of x reaches every bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,0 +1,66 @@
+"""The door `python -m gptlab.validate_data`: is this text, with this tokenizer, fit to train on?"""
+
+from gptlab import start
+
+if __name__ == "__main__":
+    start.begin("validate_data")  # before the imports, which take seconds
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from gptlab import assembly, checks, doors
+from gptlab.soundness import Soundness
+
+TABLE = {
+    "documents": "{:,}",
+    "bytes": "{:,}",
+    "tokens": "{:,}",
+    "coverage": "{:.4%}",
+    "round_trip": "{:.2%}",
+    "unknown_tokens": "{:,}",
+    "overlap_32gram": "{:.3%}",
+}
+
+
+def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
+    """Say what is wrong with the data that a run with this config would train on; 0 sound, 1 findings, 2 unreadable."""
+    if cfg["json"]:
+        doors.log_to_stderr()
+    cfg = assembly.absolute_paths(cfg)
+    if faults := checks.model_faults(cfg):
+        raise ValueError("; ".join(faults))
+    judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
+    if cfg["json"]:
+        doors.say(json.dumps(judged.report, ensure_ascii=False, allow_nan=False))
+    else:
+        show(judged.report)
+    return judged.exit_code
+
+
+def show(report: dict[str, Any]) -> None:
+    """The figures as a table, and each finding with its remedy."""
+    table = Table()
+    table.add_column("")
+    table.add_column("found", justify="right")
+    for key, form in TABLE.items():
+        if report[key] is not None:
+            table.add_row(key.replace("_", " "), form.format(report[key]))
+    if report["windows"]["train"] is not None:
+        table.add_row("windows", "{train:,} train, {validation:,} validation".format(**report["windows"]))
+    if "longest" in (lengths := report.get("lengths", {})):
+        table.add_row("length of documents", "{shortest:,} to {longest:,} {unit}, median {median:,}".format(**lengths))
+    if table.row_count:
+        doors.show(table)
+    for finding in report["findings"]:
+        doors.say(f"{finding['kind']}: {finding['message']}")
+    doors.say("sound" if report["sound"] else f"{len(report['findings'])} findings")
+
+
+def main() -> None:
+    doors.hydra_door("validate_data", validate_data)
+
+
+if __name__ == "__main__":
+    main()
