@@ -135,11 +135,11 @@ def message_of(error: BaseException) -> str:
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
-def report(error: BaseException, before_first_step: bool, message: str | None = None) -> int:
+def report(error: BaseException, before_first_step: bool, message: str | None = None, door: str = "train") -> int:
     """Say what went wrong, `message` where that is known already, and give the exit code."""
     if debugging():
         traceback.print_exception(error)
-    explained = explain(error)
+    explained = explain(error, door)
     error = root_of(error)
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
@@ -194,12 +194,12 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
             checks.check_targets(plain, config.trusted(plain))
             outcome["code"] = act(plain, given_keys(), run_name(plain))
         except BaseException as error:
-            outcome["code"] = report(error, before_first_step=True)
+            outcome["code"] = report(error, before_first_step=True, door=name)
 
     try:
         hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
     except (Exception, Interrupted) as error:
-        outcome["code"] = report(error, before_first_step=True)
+        outcome["code"] = report(error, before_first_step=True, door=name)
     start.finish(outcome["code"] or CTRL_C)
     code = outcome["code"] or sweep.summarise(show)
     start.finish(code)

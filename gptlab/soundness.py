@@ -1,10 +1,12 @@
 """Whether data is fit to train on: what is wrong with text, tokenizer and tokens, and what to do about it."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from gptlab.callbacks.watching import Alerts
 from gptlab.data.checking import require_known
@@ -25,10 +27,11 @@ from gptlab.tokenizer import EOS_ID, Tokenizer
 
 # What is beyond these is a finding.
 COPIES = 0.01  # of the documents
+SUSPECT = 1e-6  # of the characters
 LONG = {"characters": 10_000_000, "tokens": 2_500_000}  # of one document
 COVERAGE = 0.99  # of the characters
-# Of the held-out runs of 32 tokens, and where those have less than 64 bytes, as characters do. Prose and code have 0.003
-# to 0.01, and 0.03 to 0.13 by bytes, without any document being there twice; windows that were split at random, 0.8.
+# Of the held-out runs of 32 tokens, and where those have less than 64 bytes, as characters do. Prose and code have
+# 0.003 to 0.01, and 0.03 to 0.13 by bytes, with no document there twice; windows that were split at random, 0.8.
 OVERLAP, OVERLAP_OF_SHORT = 0.05, 0.25
 SAME_IDS = 0.5  # of documents that are decoded and encoded again
 NAMED = 20  # unreadable files, and characters, that are named
@@ -68,7 +71,7 @@ class Soundness:
     def _judge_text(self) -> None:
         sources = list(sources_of(self.data))
         try:
-            survey = survey_text(documents_in(sources))
+            survey = survey_text(with_a_bar(documents_in(sources), sources))
         except (ValueError, OSError) as error:
             for fault in list(unreadable_files(sources)) or [error]:
                 of_text = isinstance(fault, UnreadableText)
@@ -134,7 +137,7 @@ class Soundness:
                 "encoded: another tokenizer made them, or made them in another way; give tokenizer.path that one",
             )
 
-    def _judge_documents(self, survey: Survey, drawn: bool, names: Any) -> None:
+    def _judge_documents(self, survey: Survey, drawn: bool, names: Callable[[], Iterable[str]]) -> None:
         copies, lengths, suspects = survey.copies(names), survey.lengths(), survey.suspects()
         self.figures |= {"documents": survey.documents, "duplicates": copies, "lengths": lengths}
         self.figures |= {"empty_documents": survey.empty_documents, "control_characters": suspects}
@@ -154,7 +157,7 @@ class Soundness:
                 f"{survey.longest} is one document of {lengths['longest']:,} {survey.unit}; if it holds several, say "
                 "what is between them (data.documents=line, or data.separator), and whole ones are held out",
             )
-        if suspects:
+        if sum(one["times"] for one in suspects) > SUSPECT * survey.length:
             form = "{character} ({name}) {times:,} times, first in {first}"
             said = "; ".join(form.format(**one) for one in suspects[:NAMED])
             self.find("control_characters", f"{said}: no characters of text; remove them from the files")
@@ -221,6 +224,17 @@ def sources_of(data: TextDataModule) -> Iterator[Source]:
 
 def documents_in(sources: list[Source]) -> Iterator[Document]:
     return chain.from_iterable(source.documents() for source in sources)
+
+
+def with_a_bar(documents: Iterator[Document], sources: list[Source]) -> Iterator[Document]:
+    """The documents; how much of their files was read is shown on a terminal."""
+    hidden = not sys.stderr.isatty()
+    bar = tqdm(unit="B", unit_scale=True, desc="text", delay=1, leave=False, disable=hidden)
+    before = sum(source.bytes_read for source in sources)
+    with bar:
+        for document in documents:
+            yield document
+            bar.update(sum(source.bytes_read for source in sources) - before - bar.n)
 
 
 def unreadable_files(sources: list[Source]) -> Iterator[Exception]:

@@ -34,6 +34,8 @@ def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) ->
     judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
     if cfg["json"]:
         doors.say(json.dumps(judged.report, ensure_ascii=False, allow_nan=False))
+    elif judged.exit_code == doors.BAD_INPUT:
+        doors.fail("\n".join(finding["message"] for finding in judged.findings))
     else:
         show(judged.report)
     return judged.exit_code
@@ -55,7 +57,8 @@ def show(report: dict[str, Any]) -> None:
         doors.show(table)
     for finding in report["findings"]:
         doors.say(f"{finding['kind']}: {finding['message']}")
-    doors.say("sound" if report["sound"] else f"{len(report['findings'])} findings")
+    count = len(report["findings"])
+    doors.say("sound" if not count else f"{count} finding{'s' * (count > 1)}")
 
 
 def main() -> None:

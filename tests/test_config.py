@@ -160,7 +160,7 @@ MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
     1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression", "datasketch"},
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
-    3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
+    3: {"torch", "numpy", "lightning", "hydra", "omegaconf", "rich", "tqdm", "yaml", "typeguard", "filelock"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

@@ -54,6 +54,11 @@ class Survey:
         return len(self._lengths)
 
     @property
+    def length(self) -> int:
+        """Of all of them together."""
+        return int(np.frombuffer(self._lengths, dtype=np.uint64).sum())
+
+    @property
     def bytes(self) -> int:
         """In UTF-8; half a character counts as three."""
         widths = np.full(CODES, 4)
