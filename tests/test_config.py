@@ -148,7 +148,7 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth chunks vocabulary pieces words borrowed",
-    1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus "
+    1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus data.datatrove "
     "data.document data.encoding data.formats data.grammar data.remote data.shards "
     "data.sources data.stories data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
@@ -158,7 +158,19 @@ FLOORS = {
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
-    1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression", "datasketch"},
+    1: {
+        "torch",
+        "numpy",
+        "filelock",
+        "pooch",
+        "tqdm",
+        "fsspec",
+        "pyarrow",
+        "zstandard",
+        "compression",
+        "datasketch",
+        "datatrove",
+    },
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
     3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
 }
