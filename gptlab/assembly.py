@@ -44,7 +44,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
         return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
 
-    data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
+    names = ("files", "validation_files", "tokens", "validation_tokens")
+    data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in names}
     if "folders" in (source := cfg["data"]["source"] or {}):
         data["source"] = source | {"folders": absolute("data.source.folders", source["folders"])}
     given = [name for name in ("path", "files") if name in cfg["tokenizer"]]

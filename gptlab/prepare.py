@@ -28,8 +28,9 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     prepared = data.prepared
     assert prepared is not None
     rows = report(prepared, data.block_size, data.stride)
-    rule = {"tail": "the tail of each document", "hash": "a hash of the document", "source": "data.validation_files"}
-    held_out = rule[prepared.meta["split"]["rule"]]
+    of_text = {"tail": "the tail of each document", "hash": "a hash of the document", "source": "data.validation_files"}
+    of_ids = {"tail": "the tail of each file", "hash": "a hash of the file", "source": "data.validation_tokens"}
+    held_out = (of_text if data.source else of_ids)[prepared.meta["split"]["rule"]]
     title = f"{data.tokenizer.vocab_size:,} tokens known; validation is {held_out}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -45,11 +46,15 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         "windows": "{:,}",
         "dropped_tokens": "{:,}",
     }.items():
-        table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
+        table.add_row(
+            key.replace("_", " "), *("" if row[key] is None else form.format(row[key]) for row in rows.values())
+        )
     doors.show(table)
     doors.say(
         f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
     )
+    if data.source is None:  # nothing was made: the ids stay where they are
+        return 0
     show_tokenizer(stored_report(data, prepared))
     doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")

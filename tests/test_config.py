@@ -148,8 +148,8 @@ def test_version_and_help_as_commands(tmp_path):
 FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth chunks vocabulary pieces words borrowed",
-    1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus data.datatrove "
-    "data.document data.encoding data.formats data.grammar data.remote data.shards "
+    1: "engine checkpoint run jobs data.batches data.changes data.checking data.cleaning data.code data.corpus "
+    "data.datatrove data.document data.encoding data.formats data.grammar data.ids data.remote data.shards "
     "data.sources data.stories data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.module tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",

@@ -13,8 +13,9 @@ from gptlab.data.changes import files_that_differ
 from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
+from gptlab.data.ids import prepare_ids, ready
 from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, windows_of
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
 
@@ -26,6 +27,8 @@ class DataConfig:
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
     files: Any = None  # your own text: a path, glob or URL, or a list of them
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
+    tokens: Any = None  # text that is token ids already: .bin with its sidecar, or .npy; goes with tokenizer.path
+    validation_tokens: Any = None  # held-out ids; null: a share of data.tokens is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
     documents: str = "auto"  # auto | file | line | separator | field: what is one document of data.files
     separator: str | None = None  # the line that stands between two documents; null: none does
@@ -61,9 +64,9 @@ class TextDataModule(LightningDataModule):
         self.stride = config.stride or max(1, block_size // 2)
         if config.files is not None:
             source = Files(config.files, reading_of(config))
-        if source is None:
+        if source is None and config.tokens is None:
             raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-        self.source = cleaned(source, config)
+        self.source = None if config.tokens is not None else cleaned(source, config)
         self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
         self.cache = cache or cache_dir()
         self.prepared: Prepared | None = None
@@ -71,6 +74,15 @@ class TextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Build tokenizer and token files, or find them in the cache; once, since finding them reads all the text."""
         if self.prepared is not None:
+            return
+        if (tokens := self.config.tokens) is not None:
+            self.prepared = prepare_ids(
+                tokens,
+                ready(self.build_tokenizer, tokens),
+                validation_files=self.config.validation_tokens,
+                validation_fraction=self.config.validation_fraction,
+                cache=self.cache,
+            )
             return
         held_out = self.config.validation_files
         self.prepared = prepare(
@@ -90,8 +102,8 @@ class TextDataModule(LightningDataModule):
             self.prepare_data()
         assert self.prepared is not None
         train, validation = self.prepared.train, self.prepared.validation
-        self.train_windows = WindowDataset(train, self.block_size, self.stride)
-        self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
+        self.train_windows = windows_of(train, self.block_size, self.stride)
+        self.validation_windows = windows_of(validation, self.block_size, self.block_size, keep_tail=True)
         if not len(self.train_windows):
             raise ValueError(
                 f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} "
@@ -129,7 +141,7 @@ class TextDataModule(LightningDataModule):
         order = ScoringOrder(len(windows), self.config.batch_size, *data_rank(trainer))
         return self._loader(windows, order)
 
-    def _loader(self, windows: WindowDataset, order: TrainingOrder | ScoringOrder) -> WindowLoader:
+    def _loader(self, windows: WindowDataset | JoinedWindows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
@@ -211,7 +223,26 @@ def check(config: DataConfig) -> None:
         )
         if value is not None and value < least
     ]
+    faults += mixed_up(config)
     if not 0 < config.validation_fraction < 1:
         faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+OF_TEXT = ("files", "validation_files", "documents", "separator", "field", "strip_gutenberg")
+OF_TEXT += ("normalize", "min_characters", "deduplicate")
+
+
+def mixed_up(config: DataConfig) -> list[str]:
+    """What is said of text where ids are named, and of ids where there are none."""
+    if config.tokens is None:
+        return [
+            f"data.validation_tokens={config.validation_tokens} is given without data.tokens: give both, or "
+            "data.validation_files"
+        ] * (config.validation_tokens is not None)
+    given = {name: getattr(config, name) for name in OF_TEXT if getattr(config, name) != getattr(DataConfig, name)}
+    return [
+        f"data.{name}={value} is of text, and data.tokens={config.tokens} is ids already: leave one of them out"
+        for name, value in given.items()
+    ]

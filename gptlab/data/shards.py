@@ -3,11 +3,9 @@
 import glob
 import json
 import logging
-import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +94,6 @@ class Ids(TokenFile):
 
     def part(self, start: int, stop: int) -> "Ids":
         return Ids(self.path, self.dtype, stop - start, self.first_byte + start * self.dtype.itemsize)
-
-    @cached_property
-    def array(self) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        pages.madvise(mmap.MADV_RANDOM)  # as in TokenFile
-        return np.frombuffer(pages, self.dtype, self.n_tokens, self.first_byte)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptlab.data.tokens import Prepared, TokenFile
+from gptlab.data.tokens import Joined, Prepared, TokenFile
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
@@ -91,15 +91,24 @@ class JoinedWindows(Dataset):
         return batch
 
 
+def windows_of(
+    tokens: TokenFile | Joined, block_size: int, stride: int, keep_tail: bool = False
+) -> WindowDataset | JoinedWindows:
+    """The windows of one side of the data, whether it is one file or several."""
+    parts = [WindowDataset(part, block_size, stride, keep_tail) for part in tokens.parts]
+    return parts[0] if len(parts) == 1 else JoinedWindows(parts)
+
+
 def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[str, Any]]:
     """What each side holds, as the rows of a table: sizes, compression, coverage, and windows of `block_size`.
 
     Training windows start `stride` tokens apart, and what the last one leaves is dropped. Validation windows stand side
     by side, and the last may be shorter: none is dropped.
     """
-    train = WindowDataset(prepared.train, block_size, stride)
-    validation = WindowDataset(prepared.validation, block_size, block_size, keep_tail=True)
-    unseen = train.tail_tokens if train.whole else len(prepared.train)
+    train = windows_of(prepared.train, block_size, stride)
+    validation = windows_of(prepared.validation, block_size, block_size, keep_tail=True)
+    parts = train.parts if isinstance(train, JoinedWindows) else [train]
+    unseen = sum(part.tail_tokens if part.whole else len(part.tokens) for part in parts)
     rows: dict[str, dict[str, Any]] = {}
     for side, windows, dropped in (("train", train, unseen), ("validation", validation, 0)):
         split = prepared.meta["splits"][side]

@@ -1,0 +1,192 @@
+"""Shards as the data of a run: split before windows are cut, read once to be checked, and never copied."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptlab.data.checking import Checked, check_shards, hash_of
+from gptlab.data.shards import Shard, open_shards
+from gptlab.data.tokens import Joined, Prepared, TokenFile, open_prepared
+from gptlab.run import write_json
+from gptlab.tokenizer import EOS_ID, Tokenizer
+
+MANY_SHARDS = 100  # from here on whole shards go to one side; below, each one gives its tail to validation
+SIDES = ("train", "validation")
+Files = str | Sequence[str]
+
+
+def ready(build: Tokenizer | Callable[..., Tokenizer], files: Files) -> Tokenizer:
+    """The tokenizer of the ids in `files`. Raises ValueError where it would have to be learnt from text."""
+    if isinstance(build, Tokenizer):
+        return build
+    texts = next(iter(inspect.signature(build).parameters.values()))
+    if texts.default is texts.empty:
+        own = prepared_folder(files)
+        where = own if own and (own / "tokenizer").is_dir() else "<run, tokenizer folder or file>"
+        raise ValueError(
+            f"data.tokens={files!r} goes with tokenizer.path: a tokenizer learnt from other text would give the ids "
+            f"other meanings; give tokenizer.path={where}, the one that made them"
+        )
+    return build()
+
+
+def prepared_folder(files: Files) -> Path | None:
+    """The folder that `gptlab.prepare` filled, where `files` is the path of one."""
+    path = Path(files).expanduser() if isinstance(files, str) else None
+    return path if path is not None and (path / "meta.json").is_file() else None
+
+
+def count_ids(files: Files) -> int:
+    """How many there are, without reading any. Raises ValueError as opening them does."""
+    if folder := prepared_folder(files):
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]["tokens"]
+    return sum(len(shard.ids) for shard in open_shards(files))
+
+
+def prepare_ids(
+    files: Files,
+    tokenizer: Tokenizer,
+    *,
+    validation_files: Files | None = None,
+    validation_fraction: float,
+    cache: Path,
+    again: bool = False,
+) -> Prepared:
+    """The data in files of ids, whose bytes stay where they are; `files` may be a folder of `gptlab.prepare` instead.
+
+    Every file is read once, in whole: all ids are tokens of `tokenizer`, and the hash and number of documents those of
+    the sidecar. `cache` remembers that by path, size and time of the last change, so that another start reads nothing;
+    `again` reads anyway. Raises ValueError, naming the file, for whatever is not as it says.
+    """
+    if folder := prepared_folder(files):
+        if validation_files is not None:
+            raise ValueError(
+                f"data.tokens={files} is a folder with its own held-out ids, and data.validation_tokens="
+                f"{validation_files!r} names others: leave that out, or give data.tokens={files}/train.bin a sidecar"
+            )
+        prepared = open_prepared(folder, (type(tokenizer).__module__.split(".")[0],))
+        _require_same_tokenizer(prepared.tokenizer.fingerprint, tokenizer, folder)
+        return prepared
+    own = {"train": open_shards(files)}
+    if validation_files is not None:
+        own["validation"] = open_shards(validation_files, "data.validation_tokens")
+    shards = [shard for side in own.values() for shard in side]
+    for shard in shards:
+        _require_fitting(shard, tokenizer)
+    rule = "source" if validation_files is not None else "hash" if len(shards) >= MANY_SHARDS else "tail"
+    cuts = [cut_of(shard.ids, validation_fraction) if rule == "tail" else None for shard in shards]
+    found = check_shards(shards, cuts, tokenizer, Path(cache) / "shards", again)
+    if rule == "source":
+        _refuse_copies(shards, found, len(own["train"]))
+    sides = list(_sides(shards, cuts, found, rule, validation_fraction, len(own["train"])))
+    return _prepared(sides, shards, found, rule, validation_fraction, tokenizer, Path(cache) / "shards")
+
+
+def cut_of(ids: TokenFile, fraction: float) -> int:
+    """Where the tail of `ids` begins that is held out: after the end of a document, if one ends near enough.
+
+    That is the first end from `fraction` before the end of the file on, within half of the tail. Where none is, as in a
+    document longer than that, the cut goes through it: no window lies across the two sides anyway.
+    """
+    # Rounded as in split_documents.
+    cut = int(len(ids) * round(1 - fraction, 12))
+    limit = cut + (len(ids) - cut) // 2
+    for start, block in ids.blocks(max(cut - 1, 0), limit):
+        if (ends := np.flatnonzero(block == EOS_ID)).size:
+            return start + int(ends[0]) + 1
+    return cut
+
+
+def _require_same_tokenizer(theirs: str, tokenizer: Tokenizer, path: Path) -> None:
+    if theirs != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path} was made with the tokenizer {theirs}, and this one is {tokenizer.fingerprint}: its ids mean other "
+            "text; give tokenizer.path the one that made them"
+        )
+
+
+def _require_fitting(shard: Shard, tokenizer: Tokenizer) -> None:
+    """What the sidecar says of its tokenizer, held to ours."""
+    if (sidecar := shard.sidecar) is None:
+        return
+    if sidecar.tokenizer_fingerprint is not None:
+        _require_same_tokenizer(sidecar.tokenizer_fingerprint, tokenizer, shard.path)
+    if sidecar.vocab_size > tokenizer.vocab_size:
+        raise ValueError(
+            f"{shard.path} is of a vocabulary of {sidecar.vocab_size:,}, and this tokenizer has "
+            f"{tokenizer.vocab_size:,} tokens: give tokenizer.path the one that made it"
+        )
+
+
+def _refuse_copies(shards: list[Shard], found: list[Checked], training: int) -> None:
+    known = {checked.sha256: shard.path for shard, checked in zip(shards[:training], found[:training], strict=True)}
+    for shard, checked in zip(shards[training:], found[training:], strict=True):
+        if same := known.get(checked.sha256):
+            raise ValueError(
+                f"{shard.path} is held out, and the same as {same}, which is trained on: leave it out of one of them"
+            )
+
+
+def _sides(
+    shards: list[Shard], cuts: list[int | None], found: list[Checked], rule: str, fraction: float, training: int
+) -> Iterator[tuple[str, TokenFile, dict[str, int], list]]:
+    """Each run of ids with its side, its sums, and what it is known by: the hash of its file and where it stands there.
+
+    "tail" cuts each shard in two; "hash" puts a whole one where the hash of its bytes says, which stays so when others
+    are added, or it is renamed, and is the same for copies; "source" takes those from `training` on as held out.
+    """
+    for number, (shard, cut, checked) in enumerate(zip(shards, cuts, found, strict=True)):
+        size = len(shard.ids)
+        if rule == "tail":
+            for side, sums, start, stop in (
+                ("train", checked.before, 0, cut),
+                ("validation", checked.after, cut, size),
+            ):
+                if stop > start:
+                    yield side, shard.ids.part(start, stop), sums, [checked.sha256, start, stop]
+            continue
+        is_held_out = number >= training if rule == "source" else int(checked.sha256[:16], 16) / 2**64 < fraction
+        yield SIDES[is_held_out], shard.ids, checked.before, [checked.sha256, 0, size]
+
+
+def _prepared(
+    runs: list[tuple[str, TokenFile, dict[str, int], list]],
+    shards: list[Shard],
+    found: list[Checked],
+    rule: str,
+    fraction: float,
+    tokenizer: Tokenizer,
+    cache: Path,
+) -> Prepared:
+    splits, files = {}, {}
+    for side in SIDES:
+        own = [run for run in runs if run[0] == side]
+        if not own:
+            raise ValueError(
+                f"no ids are left for {side}: data.validation_fraction={fraction} of {len(shards)} files gives it "
+                f"none; {'lower' if side == 'train' else 'raise'} it, or name some with data.validation_tokens"
+            )
+        files[side] = own[0][1] if len(own) == 1 else Joined([run[1] for run in own])
+        names = ("tokens", "documents", "unknown_tokens", "bytes")
+        splits[side] = {name: sum(run[2][name] for run in own) for name in names}
+        splits[side] |= {"coverage": None, "sha256": hash_of([run[3] for run in own])}
+    records = [
+        {"path": str(shard.path), "size": shard.path.stat().st_size, "sha256": checked.sha256}
+        for shard, checked in zip(shards, found, strict=True)
+    ]
+    meta = {
+        "splits": splits,
+        "split": {"rule": rule, "fraction": None if rule == "source" else fraction},
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": EOS_ID,
+        "files": {"tokens": records},
+    }
+    prepared = Prepared(cache, **files, tokenizer=tokenizer, meta=meta)
+    folder = cache / prepared.fingerprint[:24]
+    if not (folder / "meta.json").exists():  # for a run that finds its files changed, and is to say which
+        write_json(folder / "meta.json", meta)
+    return Prepared(folder, **files, tokenizer=tokenizer, meta=meta)
