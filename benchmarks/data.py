@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100, 1000], help="MB of text, for memory")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", default=encoders.KINDS, choices=encoders.KINDS, help="of tokenizers")
     parser.add_argument("--pieces", type=int, default=8000, help="vocabulary of tokenizers that are compared")
     parser.add_argument("--tokens", type=int, default=50_000_000, help="of the file that loaders read")
     parser.add_argument("--batches", type=int, default=2000, help="that each loader is timed for")
@@ -142,7 +143,8 @@ def main() -> None:
             own = Path(folder, word)
             own.mkdir()
             if word == "tokenizers":
-                encoders.compare(own, arguments.megabytes, arguments.pieces, arguments.rounds, build)
+                sizes = (arguments.megabytes, arguments.pieces, arguments.rounds)
+                encoders.compare(own, arguments.kinds, *sizes, build)
             elif word == "loaders":
                 loaders.compare(own, arguments.tokens, arguments.batches, arguments.rounds)
             else:

@@ -35,8 +35,10 @@ BATCHES = {  # what a library calls its own way with many texts; `threads` of to
     "tokenizers": "`tokenizers`, `encode_batch_fast`",
     "tiktoken": "`tiktoken`, `encode_ordinary_batch`",
 }
+KINDS = ("BPE", "unigram", "hf", "tiktoken", "word", "char", "byte")
 LIBRARY_OF = {"BPE": "sentencepiece", "unigram": "sentencepiece", "hf": "tokenizers", "tiktoken": "tiktoken"}
 
+Build = Callable[[Path, Path, int], dict]  # text, tokenizer, workers: `build` of data.py
 Encode = Callable[[Sequence[str]], int]  # texts in, how many tokens they are
 
 
@@ -50,22 +52,21 @@ def size(texts: Sequence[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def trained(texts: Sequence[str], pieces: int) -> dict[str, Tokenizer]:
-    """One of each kind, of `pieces` tokens where that can be chosen; tiktoken has the vocabulary of hf."""
+def trained(kind: str, texts: Sequence[str], pieces: int) -> Tokenizer:
+    """One of `kind`, of `pieces` tokens where that can be chosen; tiktoken has the vocabulary of hf."""
     settings = {"vocab_size": pieces, "max_train_bytes": 5 * 10**7}
-    hf = HuggingFaceTokenizer.train(iter(texts), **settings)
-    learnt = [hf.decode_bytes([i]) for i in range(N_SPECIAL, hf.vocab_size)]
-    ranks = b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(learnt))
-    sp = {"character_coverage": 0.9997} | settings
-    return {
-        "BPE": SentencePieceTokenizer.train(iter(texts), model_type="bpe", **sp),
-        "unigram": SentencePieceTokenizer.train(iter(texts), model_type="unigram", **sp),
-        "hf": hf,
-        "tiktoken": TiktokenTokenizer(ranks, "gpt2"),
-        "word": WordTokenizer.train(iter(texts), **settings),
-        "char": CharTokenizer.train(iter(texts)),
-        "byte": ByteTokenizer(),
-    }
+    if kind in ("BPE", "unigram"):
+        return SentencePieceTokenizer.train(iter(texts), model_type=kind.lower(), character_coverage=0.9997, **settings)
+    if kind == "hf":
+        return HuggingFaceTokenizer.train(iter(texts), **settings)
+    if kind == "tiktoken":
+        hf = trained("hf", texts, pieces)
+        learnt = (hf.decode_bytes([i]) for i in range(N_SPECIAL, hf.vocab_size))
+        ranks = b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(learnt))
+        return TiktokenTokenizer(ranks, "gpt2")
+    if kind == "word":
+        return WordTokenizer.train(iter(texts), **settings)
+    return CharTokenizer.train(iter(texts)) if kind == "char" else ByteTokenizer()
 
 
 def gptlab_way(tokenizer: Tokenizer) -> Encode:
@@ -109,10 +110,10 @@ def alone(text: Path, tokenizer: Path, library: str | None, threads: int) -> dic
 class Comparison:
     """The contenders over one text: each gives the seconds that a megabyte takes it."""
 
-    def __init__(self, folder: Path, megabytes: float, pieces: int, build: Callable[[Path, Path, int], dict]):
+    def __init__(self, folder: Path, kinds: Sequence[str], megabytes: float, pieces: int, build: Build):
         self.folder, self.text, self.build = folder, folder / "text.jsonl", build
         texts = documents()
-        self.own = trained(texts, pieces)
+        self.own = {kind: trained(kind, texts, pieces) for kind in kinds}
         for name, tokenizer in self.own.items():
             tokenizer.save(folder / name)
         self.bytes_a_token = {name: size(texts) / gptlab_way(own)(texts) for name, own in self.own.items()}
@@ -147,8 +148,8 @@ class Comparison:
         return self.build(self.text, self.folder / name, workers)["seconds"] / self.megabytes
 
 
-def compare(folder: Path, megabytes: float, pieces: int, rounds: int, build: Callable[[Path, Path, int], dict]) -> None:
-    comparison = Comparison(folder, megabytes, pieces, build)
+def compare(folder: Path, kinds: Sequence[str], megabytes: float, pieces: int, rounds: int, build: Build) -> None:
+    comparison = Comparison(folder, kinds, megabytes, pieces, build)
     taken = take_turns(dict(comparison.contenders()), rounds)
 
     def speed(name: str) -> str:
@@ -171,6 +172,7 @@ def compare(folder: Path, megabytes: float, pieces: int, rounds: int, build: Cal
             f"{quotient(taken, f'{name}: 2 threads', f'{name}: 2'):.2f}x",
         )
         for name, library in LIBRARY_OF.items()
+        if name in comparison.own
     ]
     head = "library | one thread, MB/s | two threads | `encode` beside one | two processes, to disk, beside two"
     print(markdown(head, rows))

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import dill
 import numpy as np
 import pytest
-from conftest import REPOSITORY, prose
+from conftest import REPOSITORY, SMALL, door, prose
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from kinds import of_kind
@@ -51,18 +53,21 @@ def corpus(tmp_path: Path) -> Path:
     """Five files of rows, plain or compressed, and a tokenizer."""
     for number in range(5):
         rows = "".join(
-            json.dumps({"text": f"{number} {i} Él dijo: {prose(20, seed=100 * number + i)}"}) + "\n" for i in range(8)
+            json.dumps({"text": f"{number} {i} Él dijo: {prose(10 + 10 * i, seed=100 * number + i)}"}) + "\n"
+            for i in range(8)
         )
         (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     of_kind("bpe").save(tmp_path / "tokenizer")
     return tmp_path
 
 
-def expected(corpus: Path, rank: int, tasks: int = TASKS) -> list[int]:
+def expected(corpus: Path, rank: int, tasks: int = TASKS, least: int = 0) -> list[int]:
+    """The ids of a task's documents, of those with so many characters."""
     ids: list[int] = []
     for path in sorted(corpus.glob("*.jsonl.gz"))[rank::tasks]:
         for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-            ids += [*of_kind("bpe").encode(json.loads(line)["text"]).tolist(), 2]
+            if len(text := json.loads(line)["text"]) >= least:
+                ids += [*of_kind("bpe").encode(text).tolist(), 2]
     return ids
 
 
@@ -102,6 +107,30 @@ def test_shards_hold_the_ids_of_a_plain_loop_by_one_worker_and_by_two(corpus, tm
     assert stats[1]["stats"]["tokens"]["total"] == sum(len(shard.ids) for shard in shards)
 
 
+def test_a_task_that_is_killed_leaves_nothing_that_counts_and_runs_again(corpus, tmp_path):
+    reader, shards = steps(corpus, tmp_path / "shards")
+    shards.run(reader.run(None, 1, 2), 1, 2)
+
+    def documents():
+        yield from reader.run(None, 0, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            shards.run(documents(), 0, 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [shard.path.name for shard in open_shards(f"{tmp_path}/shards/*.bin")] == ["00001-of-00002.bin"]
+    assert list((tmp_path / "shards").glob(".00000-of-00002.bin.tmp.*"))
+    assert shards.forget_lost(tmp_path / "logs", 2) == [0]
+    shards.run(reader.run(None, 0, 2), 0, 2)
+    found = [shard.ids[:].tolist() for shard in open_shards(f"{tmp_path}/shards/*.bin")]
+    assert found == [expected(corpus, rank, 2) for rank in range(2)]
+    assert not list((tmp_path / "shards").glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_task_that_was_killed_leaves_no_shard_and_the_script_makes_it_and_no_other(corpus, tmp_path):
     output, program = tmp_path / "shards", tmp_path / "stalled.py"
     program.write_text(STALLED)
@@ -129,6 +158,54 @@ def test_a_task_that_was_killed_leaves_no_shard_and_the_script_makes_it_and_no_o
         assert shard.ids[:].tolist() == expected(corpus, rank)
     assert rank == TASKS - 1
     assert not list(output.glob(".*"))
+
+
+def test_a_run_trains_on_what_datatrove_made(corpus, tmp_path):
+    execute(corpus, tmp_path / "shards")
+    options = (f"data.tokens={tmp_path}/shards/*.bin", f"tokenizer.path={tmp_path}/tokenizer", "run_dir=run")
+    small = [option for option in SMALL if not option.startswith("tokenizer=")]
+    done = door("train", *small, *options, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["train_tokens"] == 2 * 4 * 16
+
+
+PAGE = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "docs/tokens.md").read_text(), re.MULTILINE | re.DOTALL)
+SLURM = {  # enough of it to run the tasks of an array, one after another
+    "sbatch": """for script in "$@"; do :; done
+grep -q merge_stats $script || for task in $(seq 0 $(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $script)); do
+    SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=node SLURM_JOB_ID=1 bash $script > $HOME/$task.log 2>&1
+done
+echo Submitted batch job 1""",
+    "srun": 'while [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done; "$@"',
+    "scontrol": "echo node",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["slurm", "filters"])
+def test_the_page_says_how(corpus, tmp_path, by):
+    """Its programs run, in an imitation of SLURM, and give the shards of one machine."""
+    first = next(block for block in PAGE if "SlurmPipelineExecutor(" in block)
+    filters = next(block for block in PAGE if "LambdaFilter(" in block)
+    program = first if by == "slurm" else first.split("SlurmPipelineExecutor(")[0].replace("Slurm", "Local") + filters
+    for name, own in (("corpus/*.jsonl.zst", "*.jsonl.gz"), ("runs/first", "tokenizer"), ("venv/bin/", "")):
+        assert name in program or by == "filters"
+        program = program.replace(f"/shared/{name}", f"{tmp_path}/{own}")
+    program = program.replace("/shared/shards", f"{tmp_path}/shards")
+    (tmp_path / "program.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(program, '    ')}")
+    for name, content in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "activate").write_text("")
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "program.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [shard.ids[:].tolist() for shard in open_shards(f"{tmp_path}/shards/*.bin")]
+    least = 0 if by == "slurm" else 200
+    assert found == [expected(corpus, rank, 5, least) for rank in range(5)]
+    assert sum(map(len, found)) < sum(len(expected(corpus, rank, 5)) for rank in range(5)) or by == "slurm"
 
 
 def until(true, seconds: float = 90) -> None:
