@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gptlab import assembly, checks, doors
 from gptlab.data import tokenizer_report
+from gptlab.data.mixture import Mixture
 from gptlab.data.module import TextDataModule
 from gptlab.data.tokens import Prepared
 from gptlab.data.windows import report
@@ -27,10 +28,17 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     data = assembly.build_data(cfg)
     prepared = data.prepared
     assert prepared is not None
-    rows = report(prepared, data.block_size, data.stride)
-    of_text = {"tail": "the tail of each document", "hash": "a hash of the document", "source": "data.validation_files"}
-    of_ids = {"tail": "the tail of each file", "hash": "a hash of the file", "source": "data.validation_tokens"}
-    held_out = (of_text if data.source else of_ids)[prepared.meta["split"]["rule"]]
+    rows = report(prepared.meta["splits"], train=data.train_windows, validation=data.validation_windows)
+    rule = {
+        "tail": "the tail of each document",
+        "hash": "a hash of the document",
+        "source": "data.validation_files",
+        "mix": "that of each source",
+        "tail of file": "the tail of each file",
+        "hash of file": "a hash of the file",
+        "tokens": "data.validation_tokens",
+    }
+    held_out = rule[prepared.meta["split"]["rule"]]
     title = f"{data.tokenizer.vocab_size:,} tokens known; validation is {held_out}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -46,14 +54,15 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         "windows": "{:,}",
         "dropped_tokens": "{:,}",
     }.items():
-        table.add_row(
-            key.replace("_", " "), *("" if row[key] is None else form.format(row[key]) for row in rows.values())
-        )
+        cells = ("" if row[key] is None else form.format(row[key]) for row in rows.values())
+        table.add_row(key.replace("_", " "), *cells)
     doors.show(table)
     doors.say(
         f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
     )
-    if data.source is None:  # nothing was made: the ids stay where they are
+    if isinstance(prepared, Mixture):
+        show_sources(data, prepared)
+    if not data.sources:  # ids that stay where they are
         return 0
     show_tokenizer(stored_report(data, prepared))
     doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
@@ -61,7 +70,25 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     return 0
 
 
-def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
+def show_sources(data: TextDataModule, mixture: Mixture) -> None:
+    """What each source gives to an epoch, a line each."""
+    order = data.order()
+    table = Table(title=f"an epoch has {order.count:,} windows", title_justify="left")
+    for column in ("", "weight", "share", "windows", "of its own", "passes"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, own, quota in zip(order.names, order.counts, order.quotas, strict=True):
+        figures = (
+            f"{mixture.weights[name]:g}",
+            f"{quota / order.count:.1%}",
+            f"{quota:,}",
+            f"{own:,}",
+            f"{quota / own:.2f}",
+        )
+        table.add_row(Text(name), *figures)
+    doors.show(table)
+
+
+def stored_report(data: TextDataModule, prepared: Prepared | Mixture) -> dict[str, Any]:
     """The report on the tokenizer that stands beside its tokens, made and put there if there is none."""
     path = prepared.folder / "tokenizer_report.json"
     try:
@@ -70,7 +97,7 @@ def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    texts = tokenizer_report.texts_by_source(data.source)
+    texts = tokenizer_report.texts_by_source(data.sources)
     content = tokenizer_report.tokenizer_report(prepared.tokenizer, texts)
     write_text(path.with_name("tokenizer.html"), tokenizer_report.html(content))
     write_json(path, content)

@@ -3,18 +3,21 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptlab.data.checking import Checked, check_shards, hash_of
 from gptlab.data.shards import Shard, open_shards
-from gptlab.data.tokens import Joined, Prepared, TokenFile, open_prepared
+from gptlab.data.tokens import Joined, Prepared, TokenFile, fingerprint_of, open_prepared
 from gptlab.run import write_json
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
 MANY_SHARDS = 100  # from here on whole shards go to one side; below, each one gives its tail to validation
 SIDES = ("train", "validation")
+TAIL, HASH, TOKENS = "tail of file", "hash of file", "tokens"  # how the sides are told apart, as meta.json says
 Files = str | Sequence[str]
 
 
@@ -42,7 +45,8 @@ def prepared_folder(files: Files) -> Path | None:
 def count_ids(files: Files) -> int:
     """How many there are, without reading any. Raises ValueError as opening them does."""
     if folder := prepared_folder(files):
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]["tokens"]
+        splits = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]
+        return sum(split["tokens"] for split in splits.values())
     return sum(len(shard.ids) for shard in open_shards(files))
 
 
@@ -62,27 +66,41 @@ def prepare_ids(
     `again` reads anyway. Raises ValueError, naming the file, for whatever is not as it says.
     """
     if folder := prepared_folder(files):
-        if validation_files is not None:
-            raise ValueError(
-                f"data.tokens={files} is a folder with its own held-out ids, and data.validation_tokens="
-                f"{validation_files!r} names others: leave that out, or give data.tokens={files}/train.bin a sidecar"
-            )
-        prepared = open_prepared(folder, (type(tokenizer).__module__.split(".")[0],))
-        _require_same_tokenizer(prepared.tokenizer.fingerprint, tokenizer, folder)
-        return prepared
-    own = {"train": open_shards(files)}
+        return _of_folder(folder, tokenizer, validation_files)
+    shards = open_shards(files)
+    training = len(shards)
     if validation_files is not None:
-        own["validation"] = open_shards(validation_files, "data.validation_tokens")
-    shards = [shard for side in own.values() for shard in side]
+        shards += open_shards(validation_files, "data.validation_tokens")
+    _refuse_copies(shards, [shard.path.resolve() for shard in shards], training)
     for shard in shards:
         _require_fitting(shard, tokenizer)
-    rule = "source" if validation_files is not None else "hash" if len(shards) >= MANY_SHARDS else "tail"
-    cuts = [cut_of(shard.ids, validation_fraction) if rule == "tail" else None for shard in shards]
+    rule = TOKENS if validation_files is not None else HASH if len(shards) >= MANY_SHARDS else TAIL
+    cuts = [cut_of(shard.ids, validation_fraction) if rule == TAIL else None for shard in shards]
     found = check_shards(shards, cuts, tokenizer, Path(cache) / "shards", again)
-    if rule == "source":
-        _refuse_copies(shards, found, len(own["train"]))
-    sides = list(_sides(shards, cuts, found, rule, validation_fraction, len(own["train"])))
-    return _prepared(sides, shards, found, rule, validation_fraction, tokenizer, Path(cache) / "shards")
+    if rule == TOKENS:
+        _refuse_copies(shards, [checked.sha256 for checked in found], training)
+    if rule == HASH:  # it stays so when others are added, or it is renamed, and is the same for copies
+        is_held_out = [int(checked.sha256[:16], 16) / 2**64 < validation_fraction for checked in found]
+    else:
+        is_held_out = [number >= training for number in range(len(shards))]
+    records = [
+        {"path": str(shard.path), "size": shard.path.stat().st_size, "sha256": checked.sha256}
+        for shard, checked in zip(shards, found, strict=True)
+    ]
+    split = {"rule": rule, "fraction": None if rule == TOKENS else validation_fraction}
+    runs = list(_runs(shards, cuts, found, is_held_out))
+    return _prepared(runs, split, records, tokenizer, Path(cache) / "shards")
+
+
+def _of_folder(folder: Path, tokenizer: Tokenizer, validation_files: Files | None) -> Prepared:
+    if validation_files is not None:
+        raise ValueError(
+            f"data.tokens={folder} is a folder with its own held-out ids, and data.validation_tokens="
+            f"{validation_files!r} names others: leave that out, or give {folder}/train.bin a sidecar and name it"
+        )
+    prepared = open_prepared(folder, (type(tokenizer).__module__.split(".")[0],))
+    _require_same_tokenizer(prepared.tokenizer.fingerprint, tokenizer, folder)
+    return prepared
 
 
 def cut_of(ids: TokenFile, fraction: float) -> int:
@@ -121,72 +139,61 @@ def _require_fitting(shard: Shard, tokenizer: Tokenizer) -> None:
         )
 
 
-def _refuse_copies(shards: list[Shard], found: list[Checked], training: int) -> None:
-    known = {checked.sha256: shard.path for shard, checked in zip(shards[:training], found[:training], strict=True)}
-    for shard, checked in zip(shards[training:], found[training:], strict=True):
-        if same := known.get(checked.sha256):
+def _refuse_copies(shards: list[Shard], known_by: list, training: int) -> None:
+    """Raise ValueError where a shard that is held out is known by the same as one of the first ones, for training."""
+    known = {name: shard.path for shard, name in zip(shards[:training], known_by[:training], strict=True)}
+    for shard, name in zip(shards[training:], known_by[training:], strict=True):
+        if same := known.get(name):
             raise ValueError(
                 f"{shard.path} is held out, and the same as {same}, which is trained on: leave it out of one of them"
             )
 
 
-def _sides(
-    shards: list[Shard], cuts: list[int | None], found: list[Checked], rule: str, fraction: float, training: int
-) -> Iterator[tuple[str, TokenFile, dict[str, int], list]]:
-    """Each run of ids with its side, its sums, and what it is known by: the hash of its file and where it stands there.
+@dataclass(frozen=True)
+class Run:
+    """Ids of one shard that are on one side, what they sum up to, and what they are known by wherever they lie."""
 
-    "tail" cuts each shard in two; "hash" puts a whole one where the hash of its bytes says, which stays so when others
-    are added, or it is renamed, and is the same for copies; "source" takes those from `training` on as held out.
-    """
-    for number, (shard, cut, checked) in enumerate(zip(shards, cuts, found, strict=True)):
+    side: str
+    ids: TokenFile
+    sums: dict[str, int]
+    name: list  # the hash of the file, and from where to where
+
+
+def _runs(shards: list[Shard], cuts: list[int | None], found: list[Checked], is_held_out: list[bool]) -> Iterator[Run]:
+    for shard, cut, checked, held_out in zip(shards, cuts, found, is_held_out, strict=True):
         size = len(shard.ids)
-        if rule == "tail":
-            for side, sums, start, stop in (
-                ("train", checked.before, 0, cut),
-                ("validation", checked.after, cut, size),
-            ):
-                if stop > start:
-                    yield side, shard.ids.part(start, stop), sums, [checked.sha256, start, stop]
+        if cut is None:
+            yield Run(SIDES[held_out], shard.ids, checked.before, [checked.sha256, 0, size])
             continue
-        is_held_out = number >= training if rule == "source" else int(checked.sha256[:16], 16) / 2**64 < fraction
-        yield SIDES[is_held_out], shard.ids, checked.before, [checked.sha256, 0, size]
+        if cut:
+            yield Run("train", shard.ids.part(0, cut), checked.before, [checked.sha256, 0, cut])
+        if cut < size:
+            yield Run("validation", shard.ids.part(cut, size), checked.after, [checked.sha256, cut, size])
 
 
 def _prepared(
-    runs: list[tuple[str, TokenFile, dict[str, int], list]],
-    shards: list[Shard],
-    found: list[Checked],
-    rule: str,
-    fraction: float,
-    tokenizer: Tokenizer,
-    cache: Path,
+    runs: list[Run], split: dict[str, Any], records: list[dict], tokenizer: Tokenizer, cache: Path
 ) -> Prepared:
     splits, files = {}, {}
     for side in SIDES:
-        own = [run for run in runs if run[0] == side]
+        own = [run for run in runs if run.side == side]
         if not own:
             raise ValueError(
-                f"no ids are left for {side}: data.validation_fraction={fraction} of {len(shards)} files gives it "
-                f"none; {'lower' if side == 'train' else 'raise'} it, or name some with data.validation_tokens"
+                f"no ids are left for {side}: data.validation_fraction={split['fraction']} of {len(records)} files "
+                f"gives it none; {'lower' if side == 'train' else 'raise'} it, or give data.validation_tokens"
             )
-        files[side] = own[0][1] if len(own) == 1 else Joined([run[1] for run in own])
-        names = ("tokens", "documents", "unknown_tokens", "bytes")
-        splits[side] = {name: sum(run[2][name] for run in own) for name in names}
-        splits[side] |= {"coverage": None, "sha256": hash_of([run[3] for run in own])}
-    records = [
-        {"path": str(shard.path), "size": shard.path.stat().st_size, "sha256": checked.sha256}
-        for shard, checked in zip(shards, found, strict=True)
-    ]
+        files[side] = own[0].ids if len(own) == 1 else Joined([run.ids for run in own])
+        splits[side] = {name: sum(run.sums[name] for run in own) for name in own[0].sums}
+        splits[side] |= {"coverage": None, "sha256": hash_of([run.name for run in own])}
     meta = {
         "splits": splits,
-        "split": {"rule": rule, "fraction": None if rule == "source" else fraction},
+        "split": split,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": EOS_ID,
         "files": {"tokens": records},
     }
-    prepared = Prepared(cache, **files, tokenizer=tokenizer, meta=meta)
-    folder = cache / prepared.fingerprint[:24]
+    folder = cache / fingerprint_of(meta)[:24]
     if not (folder / "meta.json").exists():  # for a run that finds its files changed, and is to say which
         write_json(folder / "meta.json", meta)
     return Prepared(folder, **files, tokenizer=tokenizer, meta=meta)

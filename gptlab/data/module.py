@@ -13,11 +13,13 @@ from gptlab.data.changes import files_that_differ
 from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
-from gptlab.data.ids import prepare_ids, ready
+from gptlab.data.mixture import Mixture
 from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, windows_of
+from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, windows_in
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
+
+Windows = WindowDataset | JoinedWindows
 
 
 @dataclass
@@ -26,6 +28,7 @@ class DataConfig:
 
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
     files: Any = None  # your own text: a path, glob or URL, or a list of them
+    mix: Any = None  # several sources by weight, '{pydocs: 3, code: 1}': words of data, or texts of their own
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
     tokens: Any = None  # text that is token ids already: .bin with its sidecar, or .npy; goes with tokenizer.path
     validation_tokens: Any = None  # held-out ids; null: a share of data.tokens is held out
@@ -62,35 +65,28 @@ class TextDataModule(LightningDataModule):
         check(config)
         self.config, self.block_size, self.seed = config, block_size, seed
         self.stride = config.stride or max(1, block_size // 2)
-        if config.files is not None:
-            source = Files(config.files, reading_of(config))
-        if source is None and config.tokens is None:
-            raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-        self.source = None if config.tokens is not None else cleaned(source, config)
+        self.sources = self.named(source)
         self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
         self.cache = cache or cache_dir()
-        self.prepared: Prepared | None = None
+        self.prepared: Prepared | Mixture | None = None
+
+    def named(self, source: Source | None) -> dict[str, Source]:
+        """What is trained on, by name; the one source of a config has none."""
+        return {"": text_source(self.config, source)}
+
+    @property
+    def source(self) -> Source | None:
+        """The one source; None of several."""
+        return next(iter(self.sources.values())) if len(self.sources) == 1 else None
 
     def prepare_data(self) -> None:
         """Build tokenizer and token files, or find them in the cache; once, since finding them reads all the text."""
         if self.prepared is not None:
             return
-        if (tokens := self.config.tokens) is not None:
-            self.prepared = prepare_ids(
-                tokens,
-                ready(self.build_tokenizer, tokens),
-                validation_files=self.config.validation_tokens,
-                validation_fraction=self.config.validation_fraction,
-                cache=self.cache,
-            )
-            return
-        held_out = self.config.validation_files
         self.prepared = prepare(
-            self.source,
+            self.sources[""],
             self.build_tokenizer,
-            validation_source=None
-            if held_out is None
-            else cleaned(Files(held_out, reading_of(self.config)), self.config),
+            validation_source=validation_source(self.config),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
             workers=self.config.prepare_workers,
@@ -100,20 +96,27 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.prepared is None:  # a rank that built nothing finds it in the cache
             self.prepare_data()
-        assert self.prepared is not None
-        train, validation = self.prepared.train, self.prepared.validation
-        self.train_windows = windows_of(train, self.block_size, self.stride)
-        self.validation_windows = windows_of(validation, self.block_size, self.block_size, keep_tail=True)
-        if not len(self.train_windows):
+        self.cut_windows()
+
+    def cut_windows(self) -> None:
+        """Make the training and the validation windows. Raises ValueError where there are none."""
+        assert isinstance(self.prepared, Prepared)
+        self.train_windows, self.validation_windows = self.windows_of(self.prepared, self.config)
+
+    def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[Windows, Windows]:
+        train = windows_in(prepared.train, self.block_size, self.stride)
+        validation = windows_in(prepared.validation, self.block_size, self.block_size, keep_tail=True)
+        if not len(train):
             raise ValueError(
-                f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} "
-                f"takes {self.block_size + 1}: lower model.block_size, or add text"
+                f"the training split{of} has {len(prepared.train):,} tokens and one window of "
+                f"model.block_size={self.block_size} takes {self.block_size + 1}: lower model.block_size, or add text"
             )
-        if not len(self.validation_windows):
+        if not len(validation):
             raise ValueError(
-                f"the validation split has {len(validation)} tokens and needs at least 2: raise "
-                f"data.validation_fraction={self.config.validation_fraction}, or add text"
+                f"the validation split{of} has {len(prepared.validation)} tokens and needs at least 2: raise "
+                f"data.validation_fraction={config.validation_fraction}, or add text"
             )
+        return train, validation
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -141,7 +144,7 @@ class TextDataModule(LightningDataModule):
         order = ScoringOrder(len(windows), self.config.batch_size, *data_rank(trainer))
         return self._loader(windows, order)
 
-    def _loader(self, windows: WindowDataset | JoinedWindows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
+    def _loader(self, windows: Windows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
@@ -195,6 +198,22 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
+def text_source(config: DataConfig, source: Source | None) -> Source:
+    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source."""
+    if config.files is not None:
+        source = Files(config.files, reading_of(config))
+    if source is None:
+        raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
+    return cleaned(source, config)
+
+
+def validation_source(config: DataConfig) -> Source | None:
+    """The held-out text of its own, where `config` names some."""
+    if config.validation_files is None:
+        return None
+    return cleaned(Files(config.validation_files, reading_of(config)), config)
+
+
 def reading_of(config: DataConfig) -> Reading:
     return Reading(config.documents, config.separator, config.field, config.strip_gutenberg)
 
@@ -223,24 +242,22 @@ def check(config: DataConfig) -> None:
         )
         if value is not None and value < least
     ]
-    faults += mixed_up(config)
+    faults += said_of_other_data(config)
     if not 0 < config.validation_fraction < 1:
         faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
     if faults:
         raise ValueError("; ".join(faults))
 
 
-OF_TEXT = ("files", "validation_files", "documents", "separator", "field", "strip_gutenberg")
+OF_TEXT = ("files", "mix", "validation_files", "documents", "separator", "field", "strip_gutenberg")
 OF_TEXT += ("normalize", "min_characters", "deduplicate")
 
 
-def mixed_up(config: DataConfig) -> list[str]:
+def said_of_other_data(config: DataConfig) -> list[str]:
     """What is said of text where ids are named, and of ids where there are none."""
     if config.tokens is None:
-        return [
-            f"data.validation_tokens={config.validation_tokens} is given without data.tokens: give both, or "
-            "data.validation_files"
-        ] * (config.validation_tokens is not None)
+        said = f"data.validation_tokens={config.validation_tokens} goes with data.tokens, which is not given"
+        return [said] * (config.validation_tokens is not None)
     given = {name: getattr(config, name) for name in OF_TEXT if getattr(config, name) != getattr(DataConfig, name)}
     return [
         f"data.{name}={value} is of text, and data.tokens={config.tokens} is ids already: leave one of them out"
