@@ -118,7 +118,8 @@ def show_tokenizer(content: dict[str, Any]) -> None:
         cells = ("" if figures[key] is None else form.format(figures[key]) for key, form in columns.items())
         table.add_row(Text(name), *cells)
     doors.show(table)
-    doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in content["longest_pieces"][:6]))
+    if longest := content["longest_pieces"][:6]:
+        doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in longest))
 
 
 def main() -> None:

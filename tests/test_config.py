@@ -149,8 +149,8 @@ FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.checking data.cleaning data.code data.corpus "
-    "data.document data.encoding data.formats data.grammar data.ids data.mixture data.overlap data.remote data.shards "
-    "data.sources data.stories data.survey data.tokenizer_report data.tokens data.windows data.workers",
+    "data.datatrove data.document data.encoding data.formats data.grammar data.ids data.mixture data.overlap "
+    "data.remote data.shards data.sources data.stories data.survey data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.module data.mixed data.tokenized tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
@@ -158,7 +158,19 @@ FLOORS = {
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
-    1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression", "datasketch"},
+    1: {
+        "torch",
+        "numpy",
+        "filelock",
+        "pooch",
+        "tqdm",
+        "fsspec",
+        "pyarrow",
+        "zstandard",
+        "compression",
+        "datasketch",
+        "datatrove",
+    },
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
     3: {"torch", "numpy", "lightning", "hydra", "omegaconf", "rich", "tqdm", "yaml", "typeguard", "filelock"},
 }

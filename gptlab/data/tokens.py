@@ -34,7 +34,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it when the same text would give other files
+FORMAT = 4  # raise it when the same text would give other files
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 BLOCK_BYTES = 2**23  # read at a time by who reads all
 T = TypeVar("T")
