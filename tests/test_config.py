@@ -150,7 +150,8 @@ FLOORS = {
     "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.checking data.cleaning data.code data.corpus "
     "data.datatrove data.document data.encoding data.formats data.grammar data.ids data.mixture data.overlap "
-    "data.remote data.shards data.sources data.stories data.survey data.tokenizer_report data.tokens data.windows data.workers",
+    "data.remote data.shards data.sources data.stories data.survey data.tokenizer_report data.tokens data.windows "
+    "data.workers",
     2: "strategies profilers data.module data.mixed data.tokenized tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
