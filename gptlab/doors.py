@@ -50,14 +50,23 @@ def on_terminal() -> bool:
 
 
 class Console(logging.Handler):
+    to_stderr = False  # while standard output is for a program to read
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        if not self.to_stderr:
+            say(self.format(record))
+        elif ranks.is_first():
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
-def log_to_stderr() -> None:
-    """gptlab's own log there, since standard output is for a program to read."""
-    log.handlers = [handler for handler in log.handlers if not isinstance(handler, Console)]
-    log.addHandler(logging.StreamHandler(sys.stderr))
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, keep gptlab's own log off standard output."""
+    before, Console.to_stderr = Console.to_stderr, wanted
+    try:
+        yield
+    finally:
+        Console.to_stderr = before
 
 
 @contextlib.contextmanager

@@ -26,12 +26,11 @@ TABLE = {
 
 def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Say what is wrong with the data that a run with this config would train on; 0 sound, 1 findings, 2 unreadable."""
-    if cfg["json"]:
-        doors.log_to_stderr()
     cfg = assembly.absolute_paths(cfg)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
-    judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
+    with doors.json_alone(cfg["json"]):
+        judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
     if cfg["json"]:
         doors.say(json.dumps(judged.report, ensure_ascii=False, allow_nan=False))
     elif judged.exit_code == doors.BAD_INPUT:

@@ -385,6 +385,17 @@ def test_the_word_of_the_console_script(word, sound):
     assert json.loads(done.stdout)["sound"] is True
 
 
+def test_the_log_goes_to_standard_error_beside_json_and_comes_back(judge, sound, capsys):
+    import logging
+
+    before = logging.getLogger("gptlab").handlers
+    code, _ = judge(f"data.files={sound}/*.txt", "tokenizer=char", "data.min_characters=7")  # prepared here: it logs
+    assert code in (0, 1)
+    assert logging.getLogger("gptlab").handlers == before
+    logging.getLogger("gptlab").info("a word")
+    assert capsys.readouterr() == ("a word\n", "")
+
+
 def test_what_no_config_can_be_is_one_message(monkeypatch, capsys):
     import gptlab.validate_data
 
