@@ -232,7 +232,7 @@ def test_words_are_written_out_in_the_config(tmp_path):
     assert (mix["gutenberg"]["weight"], mix["gutenberg"]["validation_fraction"]) == (0.5, 0.2)
     assert mix["own"] == {"weight": 1, "files": "a.txt"}
     assert data["text_bytes"] == 1_600_000  # of the config that is mixed into; "own" says none
-    assert compose("data=mix")["data"]["text_bytes"] == 1_600_000 + compose("data=pysource")["data"]["text_bytes"]
+    assert compose("data=mix")["data"]["text_bytes"] == 1_600_000 + compose("data=stories")["data"]["text_bytes"]
     assert absolute_paths(compose("data.mix={own: {files: a.txt}}"))["data"]["mix"]["own"]["files"] == str(
         Path("a.txt").absolute()
     )
@@ -305,3 +305,10 @@ def test_a_mixture_is_prepared_and_told_source_by_source(texts):
     assert done.returncode == 0, done.stderr
     assert "74.9%" in done.stdout  # 502 of 670 windows
     assert "that of each source" in " ".join(done.stdout.split())
+
+
+def test_the_mixture_that_is_given_when_none_is_named_can_be_prepared():
+    done = door("prepare", "data=mix", "tokenizer=byte", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "pydocs" in done.stdout
+    assert "stories" in done.stdout
