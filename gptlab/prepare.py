@@ -47,9 +47,8 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     }.items():
         table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
     doors.show(table)
-    doors.say(
-        f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
-    )
+    apart = "one from the beginning of each document" if data.config.begin == "document" else f"{data.stride} apart"
+    doors.say(f"windows of {data.block_size} tokens, {apart} in training and {data.block_size} apart in validation")
     show_tokenizer(stored_report(data, prepared))
     doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from gptlab.data.tokens import TokenFile
 from gptlab.data.windows import (
+    DocumentWindows,
     JoinedWindows,
     ScoringOrder,
     TrainingOrder,
@@ -24,6 +25,7 @@ from gptlab.data.windows import (
     permute,
     window_count,
 )
+from gptlab.tokenizer import EOS_ID
 
 
 def flat(lists) -> list[int]:
@@ -175,6 +177,24 @@ def test_validation_scores_every_target_once(n, block_size, batch_size, world):
             scored += batch["targets"][keep].tolist()
     assert sorted(scored) == list(range(1, n))  # the first token is no target
     assert len(lengths) == 1  # ranks that wait for each other do so equally often
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.booleans(), st.integers(1, 12), st.integers(1, 15))
+def test_document_windows_are_the_loop(sizes, is_cut, block_size, stride):
+    """Of documents of these sizes; `is_cut` takes the end of the last."""
+    text = flat([*range(5, 5 + size), EOS_ID] for size in sizes)[: -1 if is_cut else None]
+    begins = [0, *(at for at, token in enumerate(text[:-1]) if token == EOS_ID)]
+    starts = []
+    for begin, last in itertools.pairwise([*begins, len(text) - 1]):
+        starts.append(begin)
+        while starts[-1] + block_size < last:  # until `last`, the document's end token, is a target
+            starts.append(starts[-1] + stride)
+    expected = [text[start : start + block_size + 1] for start in starts if start + block_size < len(text)]
+    dataset = DocumentWindows(np.array(text, dtype=np.uint16), block_size, stride)
+    found = [dataset[i] for i in range(len(dataset))]
+    assert [[*item["tokens"].tolist(), item["targets"][-1].item()] for item in found] == expected
+    assert all(item["loss_mask"].all() and item["tokens"][1:].equal(item["targets"][:-1]) for item in found)
 
 
 # The order

@@ -14,7 +14,7 @@ from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
 from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.data.windows import DocumentWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
 
@@ -36,6 +36,7 @@ class DataConfig:
     deduplicate: str | None = None  # null | exact | near: which copies of earlier documents are left out
     similarity: float = 0.8  # of near copies, from 0 to 1: runs of five words that both have, of those either has
     batch_size: int = 16  # sequences a rank and micro-batch
+    begin: str = "anywhere"  # anywhere | document: where training windows begin; long documents give several
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
     prepare_workers: int | None = None  # processes that turn text into tokens; null: one a processor, for much text
@@ -90,7 +91,8 @@ class TextDataModule(LightningDataModule):
             self.prepare_data()
         assert self.prepared is not None
         train, validation = self.prepared.train, self.prepared.validation
-        self.train_windows = WindowDataset(train, self.block_size, self.stride)
+        kind = DocumentWindows if self.config.begin == "document" else WindowDataset
+        self.train_windows = kind(train, self.block_size, self.stride)
         self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
         if not len(self.train_windows):
             raise ValueError(
@@ -148,6 +150,7 @@ class TextDataModule(LightningDataModule):
         return {
             "fingerprint": self.prepared.fingerprint,
             "block_size": self.block_size,
+            "begin": self.config.begin,
             "stride": self.stride,
             "seed": self.seed,
             "windows_a_step": step,
@@ -164,10 +167,10 @@ class TextDataModule(LightningDataModule):
     def require_same(self, state: dict[str, Any], trainer: Trainer) -> None:
         """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
         for name, now in self.identity(trainer).items():
-            if state[name] != now:
-                files = files_that_differ(self.prepared, state[name]) if name == "fingerprint" else ""
+            if (before := state.get(name, "anywhere")) != now:  # older checkpoints do not say where windows begin
+                files = files_that_differ(self.prepared, before) if name == "fingerprint" else ""
                 raise ValueError(
-                    f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
+                    f"the run was trained on data with {name} {before} and now finds {now}: it would not be the "
                     f"same run; restore the data and settings, or start a new run with init_from\n{files}".strip()
                 )
 
@@ -211,6 +214,8 @@ def check(config: DataConfig) -> None:
         )
         if value is not None and value < least
     ]
+    if config.begin not in ("anywhere", "document"):
+        faults.append(f"data.begin={config.begin!r} is none of anywhere, document")
     if not 0 < config.validation_fraction < 1:
         faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
     if faults:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gptlab.data.tokens import Prepared, TokenFile
+from gptlab.tokenizer import EOS_ID
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
@@ -56,6 +57,33 @@ class WindowDataset(Dataset):
             inside = (at < len(self.tokens)) & (np.asarray(indices)[:, None] >= 0)
             found, mask = self.tokens[np.where(inside, at, 0)], torch.from_numpy(inside[:, 1:])
         windows = torch.from_numpy(found.astype(np.int64))
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
+
+
+class DocumentWindows(WindowDataset):
+    """Windows that begin with a document, after the end token before it, so that all which it tells is seen.
+
+    Each document begins one, and a document of more than T tokens others, every `stride` tokens of it, up to its end.
+    What follows a short document in its window is the next ones, the last of them cut off.
+    """
+
+    def __init__(self, tokens: TokenFile, block_size: int, stride: int):
+        super().__init__(tokens, block_size, stride)
+        ends = np.flatnonzero(tokens[:] == EOS_ID)  # reads the whole file once, a second for 1 GB
+        begins = np.concatenate(([0], ends[: -1 if len(ends) and ends[-1] == len(tokens) - 1 else None]))
+        sizes = np.diff(begins, append=len(tokens) - 1)
+        counts = 1 + np.maximum(0, -(-(sizes - block_size) // stride))
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(begins, counts) + stride * within
+        self.starts = starts[starts + block_size < len(tokens)]
+        self.whole = len(self.starts)
+        self.tail_tokens = len(tokens) - (int(self.starts[-1]) + block_size + 1 if self.whole else 1)
+        self.dropped_tokens = self.tail_tokens if self.whole else len(tokens)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        found = self.tokens[self.starts[indices][:, None] + np.arange(self.block_size + 1)]
+        windows = torch.from_numpy(found.astype(np.int64))
+        mask = torch.ones(len(indices), self.block_size, dtype=torch.bool)
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
 
 
