@@ -108,7 +108,7 @@ def run(
             tokenizer = saved_tokenizer(folder, ckpt_path, state, config.trusted(cfg))
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
-            cfg = assembly.fit_to_ranks(cfg, state[TextDataModule.__qualname__]["windows_a_step"], world)
+            cfg = assembly.fit_to_ranks(cfg, state[assembly.data_kind(cfg).__qualname__]["windows_a_step"], world)
         else:
             if resumes:
                 log.info("no checkpoint yet: the run begins at step 0")

@@ -24,7 +24,7 @@ def main(run: Path) -> None:
     state = checkpoint.load(run / "checkpoints" / "last.ckpt")
     model, tokenizer = GPT(checkpoint.model_config(state), ("experiments",)).eval(), ByteTokenizer()
     model.load_state_dict(checkpoint.model_weights(state))
-    above: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)  # kind, fact, its line's first letter, where
+    above: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)  # kind, fact, its line, where
     for index in range(DOCUMENTS):
         text = story(seed=99, index=index)  # not a seed that a run trains on
         row = torch.tensor([[EOS_ID, *tokenizer.encode(text).tolist(), EOS_ID]])
