@@ -18,6 +18,7 @@ from gptlab.tokenizer import EOS_ID
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
+SCAN = 2**24  # tokens looked through at a time for the ends of documents
 READ_AHEAD = 2**16  # tokens gathered at a time, as many batches as that is: half a MiB, and a mask
 
 
@@ -70,8 +71,9 @@ class DocumentWindows(WindowDataset):
 
     def __init__(self, tokens: TokenFile, block_size: int, stride: int):
         super().__init__(tokens, block_size, stride)
-        ends = np.flatnonzero(tokens[:] == EOS_ID)  # reads the whole file once, a second for 1 GB
-        begins = np.concatenate(([0], ends[: -1 if len(ends) and ends[-1] == len(tokens) - 1 else None]))
+        ends = [at + np.flatnonzero(tokens[at : at + SCAN] == EOS_ID) for at in range(0, len(tokens) - 1, SCAN)]
+        begins = np.concatenate([[0], *ends])
+        begins = begins[begins < len(tokens) - 1]  # the last end token begins none
         sizes = np.diff(begins, append=len(tokens) - 1)
         counts = 1 + np.maximum(0, -(-(sizes - block_size) // stride))
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
