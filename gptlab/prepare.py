@@ -53,8 +53,9 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     }.items():
         table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
     doors.show(table)
-    apart = "one from the beginning of each document" if data.config.begin == "document" else f"{data.stride} apart"
-    doors.say(f"windows of {data.block_size} tokens, {apart} in training and {data.block_size} apart in validation")
+    since = " from the beginning of each document on" if data.config.begin == "document" else ""
+    apart = f"{data.stride} apart{since} in training and {data.block_size} in validation"
+    doors.say(f"windows of {data.block_size} tokens, {apart}")
     if isinstance(prepared, Mixture):
         show_sources(data, prepared)
     show_tokenizer(stored_report(data, prepared))
