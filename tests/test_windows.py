@@ -199,6 +199,24 @@ def test_document_windows_are_the_loop(sizes, is_cut, block_size, stride):
     assert all(item["loss_mask"].all() and item["tokens"][1:].equal(item["targets"][:-1]) for item in found)
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 30), max_size=8), st.booleans(), st.integers(1, 12), st.integers(1, 5))
+def test_document_windows_alone_score_every_target_once_after_what_its_document_said(
+    sizes, is_cut, block_size, batch_size
+):
+    text = np.array(flat([*range(5, 5 + size), EOS_ID] for size in sizes)[: -1 if is_cut else None], dtype=np.uint16)
+    text = np.where(text == EOS_ID, EOS_ID, 100 + np.arange(len(text)))  # so that a token tells its place
+    dataset = DocumentWindows(text, block_size, block_size, alone=True)
+    scored = []
+    for batch in WindowLoader(dataset, ScoringOrder(len(dataset), batch_size), num_workers=0, pin_memory=False):
+        assert batch["tokens"].shape == (batch_size, block_size)
+        for tokens, targets, mask in zip(*batch.values(), strict=True):
+            assert EOS_ID not in tokens[mask][1:]
+            scored += targets[mask].tolist()
+    assert sorted(scored) == sorted(text[1:].tolist())  # the first token is no target
+    assert dataset.dropped_tokens == 0 or len(text) < 2
+
+
 # The order
 
 

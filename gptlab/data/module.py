@@ -45,7 +45,7 @@ class DataConfig:
     deduplicate: str | None = None  # null | exact | near: which copies of earlier documents are left out
     similarity: float = 0.8  # of near copies, from 0 to 1: runs of five words that both have, of those either has
     batch_size: int = 16  # sequences a rank and micro-batch
-    begin: str = "anywhere"  # anywhere | document: where training windows begin; long documents give several
+    begin: str = "anywhere"  # anywhere | document: where windows begin; a long document gives several
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
     prepare_workers: int | None = None  # processes that turn text into tokens; null: one a processor, for much text
@@ -108,9 +108,13 @@ class TextDataModule(LightningDataModule):
         self.train_windows, self.validation_windows = self.windows_of(self.prepared, self.config)
 
     def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[WindowDataset, WindowDataset]:
-        kind = DocumentWindows if config.begin == "document" else WindowDataset
-        train = kind(prepared.train, self.block_size, self.stride)
-        validation = WindowDataset(prepared.validation, self.block_size, self.block_size, keep_tail=True)
+        size = self.block_size
+        if config.begin == "document":
+            train = DocumentWindows(prepared.train, size, self.stride)
+            validation = DocumentWindows(prepared.validation, size, size, alone=True)
+        else:
+            train = WindowDataset(prepared.train, size, self.stride)
+            validation = WindowDataset(prepared.validation, size, size, keep_tail=True)
         if not len(train):
             raise ValueError(
                 f"the training split{of} has {len(prepared.train):,} tokens and one window of "

@@ -66,27 +66,32 @@ class DocumentWindows(WindowDataset):
     """Windows that begin with a document, after the end token before it, so that all which it tells is seen.
 
     Each document begins one, and a document of more than T tokens others, every `stride` tokens of it, up to its end.
-    What follows a short document in its window is the next ones, the last of them cut off.
+    What follows a short document in its window is the next ones, the last of them cut off. With `alone` that is masked,
+    and so is window -1: together with stride == T every target of the file is scored exactly once.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int, stride: int):
+    def __init__(self, tokens: TokenFile, block_size: int, stride: int, alone: bool = False):
         super().__init__(tokens, block_size, stride)
         ends = [at + np.flatnonzero(tokens[at : at + SCAN] == EOS_ID) for at in range(0, len(tokens) - 1, SCAN)]
-        begins = np.concatenate([[0], *ends])
+        begins = np.concatenate([[0], *ends]).astype(np.int64)
         begins = begins[begins < len(tokens) - 1]  # the last end token begins none
-        sizes = np.diff(begins, append=len(tokens) - 1)
+        sizes = np.diff(begins, append=len(tokens) - 1) if len(begins) else begins
         counts = 1 + np.maximum(0, -(-(sizes - block_size) // stride))
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat(begins, counts) + stride * within
-        self.starts = starts[starts + block_size < len(tokens)]
+        last = np.repeat(begins + sizes, counts) if alone else starts + block_size  # target of each that is scored
+        fits = last < len(tokens)
+        self.alone, self.starts, self.last = alone, starts[fits], last[fits]
         self.whole = len(self.starts)
-        self.tail_tokens = len(tokens) - (int(self.starts[-1]) + block_size + 1 if self.whole else 1)
+        self.tail_tokens = len(tokens) - 1 - (int(self.last[-1]) if self.whole else 0)
         self.dropped_tokens = self.tail_tokens if self.whole else len(tokens)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        found = self.tokens[self.starts[indices][:, None] + np.arange(self.block_size + 1)]
-        windows = torch.from_numpy(found.astype(np.int64))
-        mask = torch.ones(len(indices), self.block_size, dtype=torch.bool)
+        numbers = np.asarray(indices)
+        at = self.starts[numbers][:, None] + np.arange(self.block_size + 1)
+        inside = (at <= self.last[numbers][:, None]) & (numbers >= 0)[:, None]
+        windows = torch.from_numpy(self.tokens[np.where(inside, at, 0)].astype(np.int64))
+        mask = torch.from_numpy(inside[:, 1:])
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
 
 
