@@ -12,6 +12,7 @@ from gptlab.callbacks.watching import Alerts
 from gptlab.data.checking import require_known
 from gptlab.data.corpus import Source
 from gptlab.data.document import Document, UnreadableText
+from gptlab.data.encoding import SIDES
 from gptlab.data.ids import faults_of, prepared_folder, ready
 from gptlab.data.mixed import MixedDataModule
 from gptlab.data.mixture import Mixture
@@ -204,10 +205,9 @@ class Soundness:
             )
 
     def _judge_windows(self) -> None:
-        data, size = self.data, self.data.block_size
-        for side, stride, keep_tail in (("train", data.stride, False), ("validation", size, True)):
-            each = (len(windows_in(run, size, stride, keep_tail)) for run in runs_of(data, side))
-            self.figures["windows"][side] = sum(each)
+        data = self.data
+        for side, cut in zip(SIDES, data.cuts, strict=True):
+            self.figures["windows"][side] = sum(len(windows_in(run, cut)) for run in runs_of(data, side))
         try:
             data.setup()
             data.order(self.accumulate)

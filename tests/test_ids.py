@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gptlab.data.ids import count_ids, cut_of, prepare_ids
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.shards import open_shards
 from gptlab.data.tokens import prepare
-from gptlab.data.windows import windows_in
+from gptlab.data.windows import WindowDataset, windows_in
 from gptlab.tokenizer import EOS_ID, ByteTokenizer, CharTokenizer
 
 T = 8
@@ -66,7 +67,7 @@ def all_ids(folder: Path) -> list[int]:
 
 def shown(side, stride: int, keep_tail: bool = False) -> list[list[int]]:
     """Every window of a side, as its ids."""
-    windows = windows_in(side, T, stride, keep_tail)
+    windows = windows_in(side, partial(WindowDataset, block_size=T, stride=stride, keep_tail=keep_tail))
     rows = []
     for number in range(len(windows)):
         window = windows[number]
@@ -337,7 +338,8 @@ def test_windows_and_figures_are_those_of_the_same_ids_prepared(tmp_path):
     for side in ("train", "validation"):
         for figure in ("tokens", "documents", "bytes", "unknown_tokens"):
             assert of_text.meta["splits"][side][figure] == of_ids.meta["splits"][side][figure], (side, figure)
-        one, other = (windows_in(getattr(data, side), T, T // 2) for data in (of_text, of_ids))
+        cut = partial(WindowDataset, block_size=T, stride=T // 2)
+        one, other = (windows_in(getattr(data, side), cut) for data in (of_text, of_ids))
         for number in (0, len(one) - 1):
             assert one[number]["targets"].tolist() == other[number]["targets"].tolist()
 

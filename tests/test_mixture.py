@@ -20,7 +20,7 @@ from gptlab.data.mixed import MixedDataModule
 from gptlab.data.mixture import MixedOrder, quotas
 from gptlab.data.module import DataConfig
 from gptlab.data.windows import ScoringOrder, permute
-from gptlab.tokenizer import ByteTokenizer
+from gptlab.tokenizer import EOS_ID, ByteTokenizer
 
 COUNTS, WEIGHTS = {"small": 30, "large": 500, "middle": 110}, {"small": 2, "large": 1, "middle": 1.0}
 
@@ -181,6 +181,16 @@ def test_sources_keep_settings_of_their_own(texts):
     assert abs(len(lower.validation) / len(lower.train) - 1) < 0.01
     assert upper.tokenizer.decode(upper.validation[:]).startswith("HELD OUT.")
     assert len(upper.train) == len(texts["upper"].read_bytes()) + 1
+
+
+def test_windows_of_every_source_may_begin_with_a_document(texts):
+    data = module(texts, {"lower": 1, "upper": 1}, documents="line", begin="document")
+    data.setup()
+    for part in data.train_windows.parts:
+        documents = (part.tokens[:] == EOS_ID).sum()
+        first = part.__getitems__(list(range(len(part))))["tokens"][:, 0]
+        assert documents > 5
+        assert (first == EOS_ID).sum() > 0.9 * documents
 
 
 def test_a_tokenizer_is_trained_on_all_sources(texts):
