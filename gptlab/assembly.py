@@ -82,7 +82,8 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
 def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
     """The data module, its text found or built. `tokenizer` replaces the one that the config describes."""
     node = config.data_config(cfg["data"])
-    data = TextDataModule(
+    stream = config.make(node.stream)
+    data = (TextDataModule if stream is None else stream.data_module)(
         node,
         config.make(node.source),
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),

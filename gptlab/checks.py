@@ -40,7 +40,9 @@ def check(cfg: dict[str, Any]) -> None:
             faults += said(cfg)
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
-    check_data(config.data_config(cfg["data"]))
+    check_data(data := config.data_config(cfg["data"]))
+    if (stream := config.make(data.stream)) is not None:
+        stream.check(data)
     assembly.validation_intervals(cfg)
     assembly.Watchers(cfg, RunFolder(Path()), assembly.steps_to_train(cfg["trainer"], 1))
 

@@ -24,6 +24,7 @@ class DataConfig:
     """What text, and how it is cut into batches."""
 
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
+    stream: Any = field(default_factory=dict)  # what reads the text while training, instead of making token files first
     files: Any = None  # your own text: a path, glob or URL, or a list of them
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
@@ -89,18 +90,22 @@ class TextDataModule(LightningDataModule):
         if self.prepared is None:  # a rank that built nothing finds it in the cache
             self.prepare_data()
         assert self.prepared is not None
-        train, validation = self.prepared.train, self.prepared.validation
-        self.train_windows = WindowDataset(train, self.block_size, self.stride)
+        validation = self.prepared.validation
         self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
-        if not len(self.train_windows):
-            raise ValueError(
-                f"the training split has {len(train):,} tokens and one window of model.block_size={self.block_size} "
-                f"takes {self.block_size + 1}: lower model.block_size, or add text"
-            )
+        self.setup_training(self.prepared)
         if not len(self.validation_windows):
             raise ValueError(
                 f"the validation split has {len(validation)} tokens and needs at least 2: raise "
                 f"data.validation_fraction={self.config.validation_fraction}, or add text"
+            )
+
+    def setup_training(self, prepared: Prepared) -> None:
+        """What training reads; other kinds of data have this, and the four that follow it, in a way of their own."""
+        self.train_windows = WindowDataset(prepared.train, self.block_size, self.stride)
+        if not len(self.train_windows):
+            raise ValueError(
+                f"the training split has {len(prepared.train):,} tokens and one window of "
+                f"model.block_size={self.block_size} takes {self.block_size + 1}: lower model.block_size, or add text"
             )
 
     @property
@@ -114,7 +119,27 @@ class TextDataModule(LightningDataModule):
         """The order of the training windows; raises ValueError when they do not fill one optimizer step."""
         return TrainingOrder(len(self.train_windows), self.config.batch_size, accumulate, self.seed, rank, world)
 
-    def train_dataloader(self) -> WindowLoader:
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal text and tokens."""
+        assert self.prepared is not None
+        return self.prepared.fingerprint
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A batch of the shape that training sees, to compile for."""
+        return self.train_windows.__getitems__([0] * self.config.batch_size)
+
+    def describe(self) -> str:
+        """One line on the text that a run is about to see."""
+        assert self.prepared is not None
+        train, validation = (self.prepared.meta["splits"][side] for side in ("train", "validation"))
+        return (
+            f"{train['tokens']:,} training tokens of {train['documents']:,} documents "
+            f"in {len(self.train_windows):,} windows, "
+            f"{validation['tokens']:,} validation tokens; vocabulary {self.tokenizer.vocab_size:,}"
+        )
+
+    def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
         order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
@@ -143,10 +168,9 @@ class TextDataModule(LightningDataModule):
 
     def identity(self, trainer: Trainer) -> dict[str, Any]:
         """What must be the same for a run to continue: the text, and all that its order follows from."""
-        assert self.prepared is not None
         step = self.config.batch_size * data_rank(trainer)[1] * trainer.accumulate_grad_batches
         return {
-            "fingerprint": self.prepared.fingerprint,
+            "fingerprint": self.fingerprint,
             "block_size": self.block_size,
             "stride": self.stride,
             "seed": self.seed,
@@ -161,11 +185,16 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         self.require_same(state, self.trainer)
 
+    def files_that_differ(self, fingerprint: str) -> str:
+        """Which files are other than those of the data with this fingerprint, where that is known."""
+        assert self.prepared is not None
+        return files_that_differ(self.prepared, fingerprint)
+
     def require_same(self, state: dict[str, Any], trainer: Trainer) -> None:
         """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
         for name, now in self.identity(trainer).items():
-            if state[name] != now:
-                files = files_that_differ(self.prepared, state[name]) if name == "fingerprint" else ""
+            if state.get(name) != now:
+                files = self.files_that_differ(state[name]) if name == "fingerprint" else ""
                 raise ValueError(
                     f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
                     f"same run; restore the data and settings, or start a new run with init_from\n{files}".strip()

@@ -1,0 +1,250 @@
+"""`data=stream`: the data module of text that is read while training, with validation text in token files as ever."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+from gptlab.data.changes import differences
+from gptlab.data.corpus import Files, Source
+from gptlab.data.document import Document
+from gptlab.data.module import DataConfig, TextDataModule, cleaned, data_rank, reading_of
+from gptlab.data.shards import Copies, Shard, fingerprint_of, refuse_overlap, shards_of
+from gptlab.data.stream import StreamLoader, Text
+from gptlab.data.tokens import Prepared, prepare
+from gptlab.data.windows import TrainingOrder, permute
+from gptlab.run import write_json
+from gptlab.tokenizer import Tokenizer
+
+SAMPLED_SHARDS = 16  # from which a tokenizer's sample is read, in equal parts
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """How text is read while training: the node `data.stream` of `data=stream`.
+
+    `buffer` windows are shuffled at a time by each of `readers` threads, which read as many files side by side. An
+    epoch is `epoch_windows`, since nobody knows how many there are. A tokenizer learns from `sample_bytes` of the text.
+    """
+
+    buffer: int
+    readers: int
+    epoch_windows: int
+    sample_bytes: int
+
+    def __post_init__(self):
+        faults = [f"data.stream.{name}={value} must be at least 1" for name, value in vars(self).items() if value < 1]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def check(self, config: DataConfig) -> None:
+        """Raise ValueError with all that cannot be together with a stream."""
+        faults = []
+        if config.files is None:
+            faults.append("data=stream reads data.files, which is null: give paths, globs or URLs")
+        if config.validation_files is None:
+            faults.append(
+                "data=stream needs data.validation_files: a share of a text can only be held out by reading all of it "
+                "first, as other data=<name> do; give files that are not among data.files"
+            )
+        if config.stride is not None:
+            faults.append(f"data.stride={config.stride}: windows of a stream stand side by side; leave it out")
+        if config.deduplicate is not None:
+            faults.append(
+                f"data.deduplicate={config.deduplicate}: a stream does not know what it has read before; deduplicate the "
+                "files once, before training"
+            )
+        if config.num_workers:
+            faults.append(f"data.num_workers={config.num_workers}: a stream has data.stream.readers instead; leave it 0")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+    def data_module(self, *arguments: Any, **named: Any) -> "StreamDataModule":
+        return StreamDataModule(self, *arguments, **named)
+
+
+class Nothing(Source):
+    """No text: what is prepared of a training text that is read only while training."""
+
+    def paths(self) -> list[Path]:
+        return []
+
+    def read(self, path: Path) -> Iterator[Document]:
+        return iter(())
+
+
+class Sample(Source):
+    """The beginnings of some shards, `max_bytes` in all, from which a tokenizer learns; nothing else is read."""
+
+    def __init__(self, shards: list[Shard], source: Source, max_bytes: int, cache: Path):
+        self.shards, self.source, self.max_bytes, self.cache = shards, source, max_bytes, cache
+
+    def paths(self) -> list[Path]:
+        return []
+
+    def read(self, path: Path) -> Iterator[Document]:
+        return self.source.read(path)
+
+    def documents(self) -> Iterator[Document]:
+        """Of shards drawn by lot, an equal part of each; what one has too little of, the others may give."""
+        drawn = [self.shards[i] for i in permute(np.arange(len(self.shards)), len(self.shards), "sample")]
+        drawn, left = drawn[:SAMPLED_SHARDS], self.max_bytes
+        copies = Copies(self.cache)
+        try:
+            for index, shard in enumerate(drawn):
+                until = left - left // (len(drawn) - index)
+                for document in self.read(copies.get(shard)):
+                    yield document
+                    left -= len(document.text.encode("utf-8", "surrogatepass"))
+                    if left <= until:
+                        break
+                copies.drop(shard)
+        finally:
+            copies.close()
+
+    @property
+    def kinds(self) -> list[type]:
+        return [Sample, *self.source.kinds]
+
+    @property
+    def settings(self) -> dict:
+        return {"shards": fingerprint_of(self.shards), "bytes": self.max_bytes, "source": self.source.settings}
+
+
+class StreamDataModule(TextDataModule):
+    """Windows of text that is read while training. Validation is what `data.validation_files` holds, in token files."""
+
+    def __init__(
+        self,
+        stream: TextStream,
+        config: DataConfig,
+        source: Source | None,
+        tokenizer: Any,
+        block_size: int,
+        seed: int,
+        cache: Path | None = None,
+        tokenizer_source: Source | None = None,
+    ):
+        stream.check(config)
+        super().__init__(config, source, tokenizer, block_size, seed, cache, tokenizer_source)
+        self.stream, self.stride = stream, block_size
+        self.shards: list[Shard] = []
+        self._loader_of_text: StreamLoader | None = None
+
+    def prepare_data(self) -> None:
+        """List the shards; build the tokenizer, of a sample of them, and validation's tokens, or find them."""
+        if self.prepared is not None:
+            return
+        config, stream = self.config, self.stream
+        self.shards = shards_of(config.files)
+        if stream.readers > len(self.shards):
+            raise ValueError(
+                f"data.stream.readers={stream.readers}, and data.files names {len(self.shards)} files: each reader needs "
+                "one of its own; lower it, or divide the text into more files"
+            )
+        held_out = cleaned(Files(config.validation_files, reading_of(config)), config)
+        refuse_overlap(self.shards, held_out.paths())
+        prepared = prepare(
+            Nothing(),
+            self.build_tokenizer,
+            validation_source=held_out,
+            validation_fraction=config.validation_fraction,
+            cache=self.cache,
+            workers=config.prepare_workers,
+            tokenizer_source=self.tokenizer_source or Sample(self.shards, self.source, stream.sample_bytes, self.cache),
+        )
+        known = {"validation": prepared.meta["splits"]["validation"]}  # nobody knows what all of the text has
+        self.prepared = replace(prepared, meta=prepared.meta | {"splits": known})
+        write_json(self._record(self.fingerprint), [shard.identity for shard in self.shards])
+
+    def setup_training(self, prepared: Prepared) -> None:
+        """Nothing: reading begins with the first batch."""
+
+    def _record(self, fingerprint: str) -> Path:
+        return self.cache / "streams" / f"{fingerprint[:24]}.json"
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same files, read and tokenized alike; of a file's content its size and date are known."""
+        assert self.prepared is not None
+        parts = [
+            fingerprint_of(self.shards),
+            json.dumps(self.source.settings, sort_keys=True),
+            self.prepared.meta["tokenizer_fingerprint"],
+            self.prepared.meta["splits"]["validation"]["sha256"],
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def files_that_differ(self, fingerprint: str) -> str:
+        try:
+            then = json.loads(self._record(fingerprint).read_text(encoding="utf-8"))
+            return differences(
+                [(name, f"{size} {version}") for name, size, version in then],
+                [(name, f"{size} {version}") for name, size, version in (shard.identity for shard in self.shards)],
+            )
+        except (OSError, ValueError, TypeError):
+            return ""
+
+    def identity(self, trainer: Trainer) -> dict[str, Any]:
+        stream = self.stream
+        own = {"buffer": stream.buffer, "readers": stream.readers, "epoch_windows": stream.epoch_windows}
+        return super().identity(trainer) | own
+
+    def order(self, accumulate: int = 1, rank: int = 0, world: int = 1) -> TrainingOrder:
+        windows, step = self.stream.epoch_windows, self.config.batch_size * world * accumulate
+        if windows < step:
+            raise ValueError(
+                f"data.stream.epoch_windows={windows} is less than the {step} windows that an optimizer step takes: "
+                "raise it, or lower data.batch_size or trainer.accumulate_grad_batches"
+            )
+        return TrainingOrder(windows, self.config.batch_size, accumulate, self.seed, rank, world)
+
+    def example(self) -> dict[str, torch.Tensor]:
+        return self.validation_windows.__getitems__([0] * self.config.batch_size)
+
+    def describe(self) -> str:
+        assert self.prepared is not None
+        size = sum(shard.size for shard in self.shards)
+        validation = self.prepared.meta["splits"]["validation"]
+        return (
+            f"training text of {len(self.shards):,} files, {size / 1e6:,.1f} MB as they lie, is read while training; "
+            f"{validation['tokens']:,} validation tokens; vocabulary {self.tokenizer.vocab_size:,}"
+        )
+
+    def train_dataloader(self) -> StreamLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        self.close()
+        text = Text(
+            self.shards,
+            self.source,
+            self.tokenizer,
+            self.block_size,
+            self.stream.buffer,
+            self.stream.readers,
+            self.seed,
+            self.cache,
+        )
+        order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
+        loader = StreamLoader(text, order, pin_memory=trainer.strategy.root_device.type == "cuda")
+        loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        self._loader_of_text = loader
+        return loader
+
+    def close(self) -> None:
+        """End the reading, if it has begun."""
+        if self._loader_of_text is not None:
+            self._loader_of_text.close()
+            self._loader_of_text = None
+
+    def teardown(self, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.close()
