@@ -23,6 +23,7 @@ from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.corpus import Files, Source
+from gptlab.data.mixed import MixedDataModule
 from gptlab.data.module import TextDataModule, reading_of
 from gptlab.data.remote import is_remote
 from gptlab.machine import set_compiler
@@ -44,13 +45,20 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
         return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
 
-    data = {name: absolute(f"data.{name}", cfg["data"][name]) for name in ("files", "validation_files")}
-    if "folders" in (source := cfg["data"]["source"] or {}):
-        data["source"] = source | {"folders": absolute("data.source.folders", source["folders"])}
+    def with_paths(key: str, node: dict[str, Any]) -> dict[str, Any]:
+        """A node of `data`, or of one of its sources."""
+        paths = {name: absolute(f"{key}.{name}", node[name]) for name in ("files", "validation_files") if name in node}
+        if "folders" in (source := node.get("source") or {}):
+            paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
+        return node | paths
+
+    data = with_paths("data", cfg["data"])
+    if data.get("mix"):
+        data["mix"] = {name: with_paths(f"data.mix.{name}", part) for name, part in data["mix"].items()}
     given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
     tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
     return cfg | {
-        "data": cfg["data"] | data,
+        "data": data,
         "tokenizer": cfg["tokenizer"] | tokenizer,
         "init_from": absolute("init_from", cfg["init_from"]),
     }
@@ -79,13 +87,20 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
     return source
 
 
+def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:
+    """Which data module the config calls for; a checkpoint has its state under the name of the class."""
+    if (stream := config.make(cfg["data"].get("stream"))) is not None:
+        return stream.data_module
+    return TextDataModule if cfg["data"].get("mix") is None else MixedDataModule
+
+
 def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
     """The data module, its text found or built. `tokenizer` replaces the one that the config describes."""
     node = config.data_config(cfg["data"])
-    stream = config.make(node.stream)
-    data = (TextDataModule if stream is None else stream.data_module)(
+    mix = node.mix and {name: config.make(part.get("source")) for name, part in node.mix.items()}
+    data = data_kind(cfg)(
         node,
-        config.make(node.source),
+        config.make(node.stream) or mix or config.make(node.source),
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
         block_size=cfg["model"]["block_size"],
         seed=cfg["seed"],

@@ -126,11 +126,6 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def data_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What the data module, of whichever class, has put into a checkpoint."""
-    return next(part for part in checkpoint.values() if isinstance(part, dict) and "windows_a_step" in part)
-
-
 def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]:
     """The network, in eval mode, and the tokenizer of a checkpoint file."""
     checkpoint = load(path)

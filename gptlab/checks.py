@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from gptlab import assembly, config
+from gptlab.data.mixed import checked as check_mixture
 from gptlab.data.module import check as check_data
 from gptlab.explain import nearest
 from gptlab.model import GPT, GPTConfig
@@ -40,7 +41,10 @@ def check(cfg: dict[str, Any]) -> None:
             faults += said(cfg)
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
-    check_data(data := config.data_config(cfg["data"]))
+    data = config.data_config(cfg["data"])
+    check_data(data)
+    if data.mix is not None:
+        check_mixture(data)
     if (stream := config.make(data.stream)) is not None:
         stream.check(data)
     assembly.validation_intervals(cfg)

@@ -3,11 +3,13 @@
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -96,6 +98,25 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
+def after_composing(*changes: Callable[[DictConfig], None]) -> None:
+    """Have every config that Hydra composes changed by these, in turn, so that `--cfg job` shows what they do.
+
+    Hydra 1.3 calls nothing of ours between composing a config and showing or using it, hence this wrapper.
+    """
+    composing = Hydra.compose_config
+    if hasattr(composing, "__wrapped__"):
+        return
+
+    @functools.wraps(composing)
+    def composed(self: Hydra, *arguments: Any, **named: Any) -> DictConfig:
+        config = composing(self, *arguments, **named)
+        for change in changes:
+            change(config)
+        return config
+
+    Hydra.compose_config = composed
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The config as plain dicts, lists and values, interpolations resolved."""
     content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -146,7 +167,7 @@ def model_config(node: dict[str, Any]) -> GPTConfig:
 
 
 def data_config(node: dict[str, Any]) -> DataConfig:
-    return DataConfig(**{field.name: node[field.name] for field in fields(DataConfig)})
+    return DataConfig(**{field.name: node[field.name] for field in fields(DataConfig) if field.name in node})
 
 
 def trusted(config: dict[str, Any]) -> tuple[str, ...]:

@@ -1,9 +1,7 @@
 """`depth=8` in a composed config: it stands above every word, and below what an experiment or a user gives."""
 
-import functools
 from typing import Any
 
-from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import depth
@@ -14,24 +12,11 @@ from gptlab.given import given_in
 BYTES_A_TOKEN = {"ByteTokenizer": 1, "CharTokenizer": 1, "WordTokenizer": 2.6}
 
 
-def register() -> None:
-    """Have the dial turned in every config that Hydra composes, so that `--cfg job` shows what it does.
-
-    Hydra 1.3 calls nothing of ours between composing a config and showing or using it, hence this wrapper.
-    """
-    composing = Hydra.compose_config
-    if hasattr(composing, "__wrapped__"):
-        return
-
-    @functools.wraps(composing)
-    def composed(self: Hydra, *arguments: Any, **named: Any) -> DictConfig:
-        config = composing(self, *arguments, **named)
-        if config.get("depth") is not None:
-            typed, of_words = given_in(config.hydra)
-            turn(config, {*typed, *of_words})
-        return config
-
-    Hydra.compose_config = composed
+def apply(cfg: DictConfig) -> None:
+    """Turn the dial of a composed config, if it has one."""
+    if cfg.get("depth") is not None:
+        typed, of_words = given_in(cfg.hydra)
+        turn(cfg, {*typed, *of_words})
 
 
 def turn(cfg: DictConfig, given: set[str]) -> None:

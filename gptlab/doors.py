@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, dial, launchers, ranks, staged, start, study, sweep
+from gptlab import checks, config, dial, launchers, mixing, ranks, staged, start, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
 from gptlab.meeting import MissingRankError
@@ -162,7 +162,7 @@ def run_name(cfg: dict[str, Any]) -> str:
         return str(choices["experiments"]).replace("/", "-")
     files = cfg["data"]["files"]
     if files is None:
-        return f"{choices['model']}-{choices['data']}"
+        return f"{choices['model']}-{'mix' if cfg['data']['mix'] else choices['data']}"
     stem = re.sub(r"[^\w.]+", "-", Path(files).stem)[:40].strip("-") if isinstance(files, str) else ""
     return f"{choices['model']}-{stem or 'files'}"
 
@@ -174,7 +174,7 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
     for signum in SIGNALS:
         signal.signal(signum, interrupt)
     config.register()
-    dial.register()
+    config.after_composing(mixing.write_out, dial.apply)
     launchers.register(*launchers.WORDS, study.Optuna, staged.Staged)
     outcome = {"code": 0}
 

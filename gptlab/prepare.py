@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gptlab import assembly, checks, doors
 from gptlab.data import tokenizer_report
+from gptlab.data.mixture import Mixture
 from gptlab.data.module import TextDataModule
 from gptlab.data.tokens import Prepared
 from gptlab.data.windows import report
@@ -27,8 +28,13 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     data = assembly.build_data(cfg)
     prepared = data.prepared
     assert prepared is not None
-    rows = report(prepared, data.block_size, data.stride)
-    rule = {"tail": "the tail of each document", "hash": "a hash of the document", "source": "data.validation_files"}
+    rows = report(prepared.meta["splits"], **data.windows)
+    rule = {
+        "tail": "the tail of each document",
+        "hash": "a hash of the document",
+        "source": "data.validation_files",
+        "mix": "that of each source",
+    }
     held_out = rule[prepared.meta["split"]["rule"]]
     title = f"{data.tokenizer.vocab_size:,} tokens known; validation is {held_out}"
     table = Table(title=title, title_justify="left")
@@ -50,13 +56,33 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     doors.say(
         f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
     )
+    if isinstance(prepared, Mixture):
+        show_sources(data, prepared)
     show_tokenizer(stored_report(data, prepared))
     doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")
     return 0
 
 
-def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
+def show_sources(data: TextDataModule, mixture: Mixture) -> None:
+    """What each source gives to an epoch, a line each."""
+    order = data.order()
+    table = Table(title=f"an epoch has {order.count:,} windows", title_justify="left")
+    for column in ("", "weight", "share", "windows", "of its own", "passes"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, own, quota in zip(order.names, order.counts, order.quotas, strict=True):
+        figures = (
+            f"{mixture.weights[name]:g}",
+            f"{quota / order.count:.1%}",
+            f"{quota:,}",
+            f"{own:,}",
+            f"{quota / own:.2f}",
+        )
+        table.add_row(Text(name), *figures)
+    doors.show(table)
+
+
+def stored_report(data: TextDataModule, prepared: Prepared | Mixture) -> dict[str, Any]:
     """The report on the tokenizer that stands beside its tokens, made and put there if there is none."""
     path = prepared.folder / "tokenizer_report.json"
     try:
@@ -65,7 +91,7 @@ def stored_report(data: TextDataModule, prepared: Prepared) -> dict[str, Any]:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    texts = tokenizer_report.texts_by_source(data.source)
+    texts = tokenizer_report.texts_by_source(data.sources)
     content = tokenizer_report.tokenizer_report(prepared.tokenizer, texts)
     write_text(path.with_name("tokenizer.html"), tokenizer_report.html(content))
     write_json(path, content)

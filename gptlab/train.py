@@ -108,7 +108,7 @@ def run(
             tokenizer = saved_tokenizer(folder, ckpt_path, state, config.trusted(cfg))
             step = state["global_step"]
             log.info("continuing from %s, at step %s", ckpt_path, f"{step:,}")
-            cfg = assembly.fit_to_ranks(cfg, checkpoint.data_state(state)["windows_a_step"], world)
+            cfg = assembly.fit_to_ranks(cfg, state[assembly.data_kind(cfg).__qualname__]["windows_a_step"], world)
         else:
             if resumes:
                 log.info("no checkpoint yet: the run begins at step 0")
@@ -133,7 +133,7 @@ def run(
             require_splittable(model, sharing)
         if state is not None:
             require_same_config(saved_cfg, state, folder)
-            data.require_same(checkpoint.data_state(state), trainer)
+            data.require_same(state[type(data).__qualname__], trainer)
             if checkpoint.model_config(state) != model.config:
                 raise ValueError(f"{ckpt_path}: its network is not the one that {folder.config} describes")
             if ended := why_ended(state, watchers, overridden):

@@ -65,10 +65,10 @@ def compose(*overrides: str, config_name: str = "train") -> dict:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from gptlab import config, dial
+    from gptlab import config, dial, mixing
 
     config.register()
-    dial.register()
+    config.after_composing(mixing.write_out, dial.apply)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         return config.plain(hydra_compose(config_name, list(overrides)))

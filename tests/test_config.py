@@ -149,12 +149,12 @@ FLOORS = {
     0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
     "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus "
-    "data.document data.encoding data.formats data.grammar data.remote "
+    "data.document data.encoding data.formats data.grammar data.mixture data.remote "
     "data.sources data.stories data.tokenizer_report data.tokens data.windows data.workers",
-    2: "strategies profilers data.module tasks.lm tasks.metrics "
+    2: "strategies profilers data.module data.mixed tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
-    3: "manual start config explain assembly checks doors outcome inherit given dial resume sweep launchers study "
-    "staged train prepare __main__",
+    3: "manual start config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
+    "study staged train prepare __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},

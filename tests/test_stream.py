@@ -45,7 +45,15 @@ def loaders():
     """Makes loaders, and ends their threads when the test is over."""
     made = []
 
-    def make(files, batch_size: int = 4, rank: int = 0, world: int = 1, accumulate: int = 1, epoch_windows: int = 40, **changes):
+    def make(
+        files,
+        batch_size: int = 4,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        epoch_windows: int = 40,
+        **changes,
+    ):
         settings = {"block_size": T, "buffer": 7, "readers": 1, "seed": 1, "tokenizer": ByteTokenizer()}
         source = changes.pop("source", None) or Files(str(files))
         text = Text(shards_of(str(files)), source, cache=Path("cache"), **(settings | changes))
@@ -106,7 +114,9 @@ def test_windows_are_those_of_the_built_file_for_the_same_order_of_shards(folder
         assert np.array_equal(windows[index, :-1], expected[index]["tokens"])
         assert np.array_equal(windows[index, 1:], expected[index]["targets"])
     # What does not fill a window goes on with the next turn, which has another order, and every document once.
-    turns = [[document.split()[0] for document in found[SHARDS * DOCUMENTS * n :][: SHARDS * DOCUMENTS]] for n in range(3)]
+    turns = [
+        [document.split()[0] for document in found[SHARDS * DOCUMENTS * n :][: SHARDS * DOCUMENTS]] for n in range(3)
+    ]
     assert len({tuple(turn) for turn in turns}) == 3
     assert all(sorted(turn) == sorted(turns[0]) for turn in turns)
 
@@ -132,7 +142,9 @@ def test_readers_share_the_shards_of_each_turn_and_alternate(folder, loaders):
     for reader in range(2):
         found = [document.split()[0] for document in documents_of(windows[reader::2])[:-1]]
         shards = [found[start].split(".")[0] for start in range(0, len(found), DOCUMENTS)]
-        assert all(found[n * DOCUMENTS + row] == f"{shard}.{row}" for n, shard in enumerate(shards[:-1]) for row in range(7))
+        assert all(
+            found[n * DOCUMENTS + row] == f"{shard}.{row}" for n, shard in enumerate(shards[:-1]) for row in range(7)
+        )
         turns.append(shards)
     # Three shards and two in the first turn, two and three in the next: nobody always has more to do.
     assert sorted(turns[0][:3] + turns[1][:2]) == sorted(turns[0][3:5] + turns[1][2:5]) == list("01234")
@@ -153,7 +165,10 @@ def test_ranks_share_the_windows_of_one_process_and_none_is_seen_twice(folder, l
 
 
 def test_a_rank_reads_no_more_shards_than_its_own_readers_do(folder, loaders):
-    assert [sorted(loaders(f"{folder}/*.jsonl", 1, rank, 2, readers=4).readers) for rank in range(2)] == [[0, 2], [1, 3]]
+    assert [sorted(loaders(f"{folder}/*.jsonl", 1, rank, 2, readers=4).readers) for rank in range(2)] == [
+        [0, 2],
+        [1, 3],
+    ]
     assert [sorted(loaders(f"{folder}/*.jsonl", 1, rank, 4, readers=2).readers) for rank in range(4)] == [[0], [1]] * 2
     assert [sorted(loaders(f"{folder}/*.jsonl", 1, rank, 2, readers=3).readers) for rank in range(2)] == [[0, 1, 2]] * 2
 
@@ -331,7 +346,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path, loaders):
         folder = tmp_path / str(files)
         folder.mkdir()
         for number in range(files):
-            (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": prose(60, n)}) + "\n" for n in range(100)))
+            (folder / f"{number}.jsonl").write_text(
+                "".join(json.dumps({"text": prose(60, n)}) + "\n" for n in range(100))
+            )
         loader = loaders(f"{folder}/*.jsonl", 32, buffer=64, epoch_windows=1000 * files)
         tracemalloc.start()
         for _ in loader:

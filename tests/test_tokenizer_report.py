@@ -90,7 +90,7 @@ def test_sources_are_files_or_folders_or_all(tmp_path, n, folders):
         (tmp_path / f"folder{folder}").mkdir()
         for i in range(n):
             (tmp_path / f"folder{folder}" / f"{folder}-{i}.txt").write_text(f"{folder}-{i} ")
-    texts = {name: list(parts) for name, parts in texts_by_source(Files(f"{tmp_path}/*/*.txt")).items()}
+    texts = {name: list(parts) for name, parts in texts_by_source({"": Files(f"{tmp_path}/*/*.txt")}).items()}
     assert sorted(itertools.chain(*texts.values())) == sorted(f"{f}-{i} " for f in range(folders) for i in range(n))
     if folders * n < MANY_SOURCES:
         assert set(texts) == {f"0-{i}.txt" for i in range(n)}

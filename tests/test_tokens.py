@@ -23,7 +23,7 @@ from gptlab.data.changes import differences
 from gptlab.data.corpus import Files, Source
 from gptlab.data.document import Document
 from gptlab.data.tokens import TokenFile, open_prepared, prepare
-from gptlab.data.windows import report
+from gptlab.data.windows import WindowDataset, report
 from gptlab.data.workers import Workers, processes
 from gptlab.files import cache_dir
 from gptlab.tokenizer import EOS_ID, N_SPECIAL, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -421,7 +421,9 @@ def test_token_file_travels_to_workers_without_its_tokens(tmp_path):
 @pytest.mark.parametrize(("block_size", "stride"), [(8, 8), (8, 4), (7, 3), (100, 1), (10_000, 5)])
 def test_report_counts_windows_as_they_fall(corpus, tmp_path, block_size, stride):
     prepared = build(corpus(3), tmp_path)
-    rows = report(prepared, block_size, stride)
+    train = WindowDataset(prepared.train, block_size, stride)
+    validation = WindowDataset(prepared.validation, block_size, block_size, keep_tail=True)
+    rows = report(prepared.meta["splits"], train=train, validation=validation)
     n = len(prepared.train)
     starts = [start for start in range(0, n, stride) if start + block_size + 1 <= n]
     assert rows["train"]["windows"] == len(starts)

@@ -231,6 +231,7 @@ class RunRecord(StepCallback):
             "val_perplexity": finite(validation.get("val/perplexity")),
             "val_bits_per_byte": finite(validation.get("val/bits_per_byte")),
             "val_accuracy": finite(validation.get("val/accuracy")),
+            "val_by_source": by_source(validation),
             "seconds": round(self.budget.seconds, 3),
             "tokens_per_second": finite(self.monitor.tokens_per_second),
             "peak_rss_mb": round(peak_rss_mb(), 1),
@@ -243,6 +244,13 @@ class RunRecord(StepCallback):
             "history": self.history,
             "hardware": hardware(self.device) | {"ranks": self.ranks},
         }
+
+
+def by_source(validation: dict[str, float]) -> dict[str, dict[str, float | None]] | None:
+    """{source: {loss, bits_per_byte}} of a mixture, or None where there is but one source."""
+    sources = [key.removeprefix("val/loss/") for key in validation if key.startswith("val/loss/")]
+    names = ("loss", "bits_per_byte")
+    return {source: {name: finite(validation[f"val/{name}/{source}"]) for name in names} for source in sources} or None
 
 
 def interval(low: float | None, high: float | None) -> list[float] | None:

@@ -230,7 +230,8 @@ class CompileAhead(Callback):
             task.set_compile(False)
         task.zero_grad()
         task.step_sums.zero_()
-        task.validation.reset()
+        for metrics in (task.validation, *task.validation_by_source):
+            metrics.reset()
         self.seconds = time.perf_counter() - start
         if task.compiled:
             log.info("compiled in %.1f s", self.seconds)

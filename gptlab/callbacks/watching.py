@@ -58,6 +58,8 @@ class ConsoleLines(Callback):
             f"{self.budget.seconds:.0f} s",
         ]
         log.info("  ".join(parts))
+        if task.source_names:
+            log.info("  ".join(f"val of {name} {figures[f'val/loss/{name}']:.3f}" for name in task.source_names))
 
 
 class ProgressBar(StepCallback):

@@ -13,8 +13,9 @@ from gptlab.data.changes import files_that_differ
 from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
+from gptlab.data.mixture import Mixture
 from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ class DataConfig:
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
     stream: Any = field(default_factory=dict)  # what reads the text while training, instead of making token files first
     files: Any = None  # your own text: a path, glob or URL, or a list of them
+    mix: Any = None  # several sources by weight, '{pydocs: 3, code: 1}': words of data, or texts of their own
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
     documents: str = "auto"  # auto | file | line | separator | field: what is one document of data.files
@@ -59,27 +61,29 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         check(config)
         self.config, self.block_size, self.seed = config, block_size, seed
-        self.stride = config.stride or max(1, block_size // 2)
-        if config.files is not None:
-            source = Files(config.files, reading_of(config))
-        if source is None:
-            raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-        self.source = cleaned(source, config)
-        self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
         self.cache = cache or cache_dir()
-        self.prepared: Prepared | None = None
+        self.stride = config.stride or max(1, block_size // 2)
+        self.sources = self.named(source)
+        self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
+        self.prepared: Prepared | Mixture | None = None
+
+    def named(self, source: Source | None) -> dict[str, Source]:
+        """What is trained on, by name; the one source of a config has none."""
+        return {"": text_source(self.config, source)}
+
+    @property
+    def source(self) -> Source | None:
+        """The one source; None of several."""
+        return next(iter(self.sources.values())) if len(self.sources) == 1 else None
 
     def prepare_data(self) -> None:
         """Build tokenizer and token files, or find them in the cache; once, since finding them reads all the text."""
         if self.prepared is not None:
             return
-        held_out = self.config.validation_files
         self.prepared = prepare(
-            self.source,
+            self.sources[""],
             self.build_tokenizer,
-            validation_source=None
-            if held_out is None
-            else cleaned(Files(held_out, reading_of(self.config)), self.config),
+            validation_source=validation_source(self.config),
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
             workers=self.config.prepare_workers,
@@ -89,24 +93,35 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.prepared is None:  # a rank that built nothing finds it in the cache
             self.prepare_data()
-        assert self.prepared is not None
-        validation = self.prepared.validation
-        self.validation_windows = WindowDataset(validation, self.block_size, self.block_size, keep_tail=True)
-        self.setup_training(self.prepared)
-        if not len(self.validation_windows):
-            raise ValueError(
-                f"the validation split has {len(validation)} tokens and needs at least 2: raise "
-                f"data.validation_fraction={self.config.validation_fraction}, or add text"
-            )
+        self.cut_windows()
 
-    def setup_training(self, prepared: Prepared) -> None:
-        """What training reads; other kinds of data have this, and the four that follow it, in a way of their own."""
-        self.train_windows = WindowDataset(prepared.train, self.block_size, self.stride)
-        if not len(self.train_windows):
+    def cut_windows(self) -> None:
+        """Make the training and the validation windows. Raises ValueError where there are none."""
+        assert isinstance(self.prepared, Prepared)
+        self.train_windows, self.validation_windows = self.windows_of(self.prepared, self.config)
+
+    def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[WindowDataset, WindowDataset]:
+        train = WindowDataset(prepared.train, self.block_size, self.stride)
+        if not len(train):
             raise ValueError(
-                f"the training split has {len(prepared.train):,} tokens and one window of "
+                f"the training split{of} has {len(prepared.train):,} tokens and one window of "
                 f"model.block_size={self.block_size} takes {self.block_size + 1}: lower model.block_size, or add text"
             )
+        return train, self.held_out_of(prepared, config, of)
+
+    def held_out_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> WindowDataset:
+        validation = WindowDataset(prepared.validation, self.block_size, self.block_size, keep_tail=True)
+        if not len(validation):
+            raise ValueError(
+                f"the validation split{of} has {len(prepared.validation)} tokens and needs at least 2: raise "
+                f"data.validation_fraction={config.validation_fraction}, or add text"
+            )
+        return validation
+
+    @property
+    def windows(self) -> dict[str, WindowDataset | JoinedWindows]:
+        """The windows of each side, of those that are on the disk."""
+        return {"train": self.train_windows, "validation": self.validation_windows}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -154,7 +169,7 @@ class TextDataModule(LightningDataModule):
         order = ScoringOrder(len(windows), self.config.batch_size, *data_rank(trainer))
         return self._loader(windows, order)
 
-    def _loader(self, windows: WindowDataset, order: TrainingOrder | ScoringOrder) -> WindowLoader:
+    def _loader(self, windows: WindowDataset | JoinedWindows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
@@ -210,6 +225,22 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     """(rank, number of ranks) among those that split each batch; ranks that share a network's tensors see the same."""
     sharing = tensor_ranks(trainer)
     return trainer.global_rank // sharing, trainer.world_size // sharing
+
+
+def text_source(config: DataConfig, source: Source | None) -> Source:
+    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source."""
+    if config.files is not None:
+        source = Files(config.files, reading_of(config))
+    if source is None:
+        raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
+    return cleaned(source, config)
+
+
+def validation_source(config: DataConfig) -> Source | None:
+    """The held-out text of its own, where `config` names some."""
+    if config.validation_files is None:
+        return None
+    return cleaned(Files(config.validation_files, reading_of(config)), config)
 
 
 def reading_of(config: DataConfig) -> Reading:

@@ -4,19 +4,26 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import starmap
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from gptlab.data.corpus import Files
+from gptlab.data.corpus import Files, Source
+from gptlab.data.document import Document
 from gptlab.data.remote import copy, is_remote, listed, name_of
+from gptlab.data.windows import permute
 from gptlab.files import sha256_of_file
+
+SAMPLED_SHARDS = 16  # from which a tokenizer's sample is read, in equal parts
 
 
 @dataclass(frozen=True)
@@ -137,3 +144,55 @@ class Copies:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._lock.release()
             self._folder = None
+
+
+class Nothing(Source):
+    """No text: all that is prepared of one that is read only while training."""
+
+    def paths(self) -> list[Path]:
+        return []
+
+    def read(self, path: Path) -> Iterator[Document]:
+        return iter(())
+
+
+class Sample(Source):
+    """The beginnings of some shards, `max_bytes` in all, from which a tokenizer learns; nothing else is read."""
+
+    def __init__(self, files: Any, source: Source, max_bytes: int, cache: Path):
+        self.files, self.source, self.max_bytes, self.cache = files, source, max_bytes, cache
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        return shards_of(self.files)
+
+    def paths(self) -> list[Path]:
+        return []
+
+    def read(self, path: Path) -> Iterator[Document]:
+        return self.source.read(path)
+
+    def documents(self) -> Iterator[Document]:
+        """Of shards drawn by lot, an equal part of each; what one has too little of, the others may give."""
+        drawn = [self.shards[i] for i in permute(np.arange(len(self.shards)), len(self.shards), "sample")]
+        drawn, left = drawn[:SAMPLED_SHARDS], self.max_bytes
+        copies = Copies(self.cache)
+        try:
+            for index, shard in enumerate(drawn):
+                until = left - left // (len(drawn) - index)
+                for document in self.read(copies.get(shard)):
+                    yield document
+                    left -= len(document.text.encode("utf-8", "surrogatepass"))
+                    if left <= until:
+                        break
+                copies.drop(shard)
+        finally:
+            copies.close()
+
+    @property
+    def kinds(self) -> list[type]:
+        return [Sample, *self.source.kinds]
+
+    @property
+    def settings(self) -> dict:
+        return {"shards": fingerprint_of(self.shards), "bytes": self.max_bytes, "source": self.source.settings}

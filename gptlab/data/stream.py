@@ -120,7 +120,9 @@ class Reader:
                     token = 0
                 skipped = 0
             if not found:
-                raise ValueError(f"data.files: {len(shards)} files hold no text: look at data.min_characters and data.field")
+                raise ValueError(
+                    f"data.files: {len(shards)} files hold no text: look at data.min_characters and data.field"
+                )
             turn, at = turn + 1, 0
 
     def _shards(self, turn: int) -> list[Shard]:

@@ -2,27 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from gptlab.data.changes import differences
-from gptlab.data.corpus import Files, Source
-from gptlab.data.document import Document
-from gptlab.data.module import DataConfig, TextDataModule, cleaned, data_rank, reading_of
-from gptlab.data.shards import Copies, Shard, fingerprint_of, refuse_overlap, shards_of
+from gptlab.data.corpus import Source
+from gptlab.data.module import DataConfig, TextDataModule, data_rank, text_source, validation_source
+from gptlab.data.shards import Shard, fingerprint_of, refuse_overlap
 from gptlab.data.stream import StreamLoader, Text
-from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import TrainingOrder, permute
+from gptlab.data.tokens import Prepared, SplitText, encoded, tokenizer_for
+from gptlab.data.windows import JoinedWindows, TrainingOrder, WindowDataset
+from gptlab.files import cache_dir
 from gptlab.run import write_json
 from gptlab.tokenizer import Tokenizer
-
-SAMPLED_SHARDS = 16  # from which a tokenizer's sample is read, in equal parts
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,10 @@ class TextStream:
         faults = []
         if config.files is None:
             faults.append("data=stream reads data.files, which is null: give paths, globs or URLs")
+        if config.mix is not None:
+            faults.append(
+                "data.mix is of texts whose windows are counted before training; leave it out, or data=stream"
+            )
         if config.validation_files is None:
             faults.append(
                 "data=stream needs data.validation_files: a share of a text can only be held out by reading all of it "
@@ -61,110 +62,75 @@ class TextStream:
                 "files once, before training"
             )
         if config.num_workers:
-            faults.append(f"data.num_workers={config.num_workers}: a stream has data.stream.readers instead; leave it 0")
+            faults.append(
+                f"data.num_workers={config.num_workers}: a stream has data.stream.readers instead; leave it 0"
+            )
         if faults:
             raise ValueError("\n".join(faults))
 
-    def data_module(self, *arguments: Any, **named: Any) -> "StreamDataModule":
-        return StreamDataModule(self, *arguments, **named)
-
-
-class Nothing(Source):
-    """No text: what is prepared of a training text that is read only while training."""
-
-    def paths(self) -> list[Path]:
-        return []
-
-    def read(self, path: Path) -> Iterator[Document]:
-        return iter(())
-
-
-class Sample(Source):
-    """The beginnings of some shards, `max_bytes` in all, from which a tokenizer learns; nothing else is read."""
-
-    def __init__(self, shards: list[Shard], source: Source, max_bytes: int, cache: Path):
-        self.shards, self.source, self.max_bytes, self.cache = shards, source, max_bytes, cache
-
-    def paths(self) -> list[Path]:
-        return []
-
-    def read(self, path: Path) -> Iterator[Document]:
-        return self.source.read(path)
-
-    def documents(self) -> Iterator[Document]:
-        """Of shards drawn by lot, an equal part of each; what one has too little of, the others may give."""
-        drawn = [self.shards[i] for i in permute(np.arange(len(self.shards)), len(self.shards), "sample")]
-        drawn, left = drawn[:SAMPLED_SHARDS], self.max_bytes
-        copies = Copies(self.cache)
-        try:
-            for index, shard in enumerate(drawn):
-                until = left - left // (len(drawn) - index)
-                for document in self.read(copies.get(shard)):
-                    yield document
-                    left -= len(document.text.encode("utf-8", "surrogatepass"))
-                    if left <= until:
-                        break
-                copies.drop(shard)
-        finally:
-            copies.close()
-
     @property
-    def kinds(self) -> list[type]:
-        return [Sample, *self.source.kinds]
-
-    @property
-    def settings(self) -> dict:
-        return {"shards": fingerprint_of(self.shards), "bytes": self.max_bytes, "source": self.source.settings}
+    def data_module(self) -> type[TextDataModule]:
+        return StreamDataModule
 
 
 class StreamDataModule(TextDataModule):
     """Windows of text that is read while training. Validation is what `data.validation_files` holds, in token files."""
 
+    sample: Sample
+
     def __init__(
         self,
-        stream: TextStream,
         config: DataConfig,
-        source: Source | None,
-        tokenizer: Any,
+        stream: TextStream,
+        tokenizer: Callable[..., Tokenizer] | Tokenizer,
         block_size: int,
         seed: int,
         cache: Path | None = None,
         tokenizer_source: Source | None = None,
     ):
         stream.check(config)
-        super().__init__(config, source, tokenizer, block_size, seed, cache, tokenizer_source)
-        self.stream, self.stride = stream, block_size
-        self.shards: list[Shard] = []
-        self._loader_of_text: StreamLoader | None = None
+        self.stream = stream
+        super().__init__(config, None, tokenizer, block_size, seed, cache, tokenizer_source)
+        self.stride = block_size
+        self._reading: StreamLoader | None = None
+
+    def named(self, source: Source | None) -> dict[str, Source]:
+        """The sample, which is all that is looked at before training."""
+        self.text = text_source(self.config, None)
+        self.sample = Sample(self.config.files, self.text, self.stream.sample_bytes, cache_dir())
+        return {"": self.sample}
+
+    @property
+    def shards(self) -> list[Shard]:
+        return self.sample.shards
 
     def prepare_data(self) -> None:
         """List the shards; build the tokenizer, of a sample of them, and validation's tokens, or find them."""
         if self.prepared is not None:
             return
         config, stream = self.config, self.stream
-        self.shards = shards_of(config.files)
         if stream.readers > len(self.shards):
             raise ValueError(
                 f"data.stream.readers={stream.readers}, and data.files names {len(self.shards)} files: each reader needs "
                 "one of its own; lower it, or divide the text into more files"
             )
-        held_out = cleaned(Files(config.validation_files, reading_of(config)), config)
+        held_out = validation_source(config)
+        assert held_out is not None
         refuse_overlap(self.shards, held_out.paths())
-        prepared = prepare(
-            Nothing(),
-            self.build_tokenizer,
-            validation_source=held_out,
-            validation_fraction=config.validation_fraction,
-            cache=self.cache,
-            workers=config.prepare_workers,
-            tokenizer_source=self.tokenizer_source or Sample(self.shards, self.source, stream.sample_bytes, self.cache),
-        )
+        tokenizer = tokenizer_for([], self.build_tokenizer, self.cache, self.tokenizer_source or self.sample)
+        both = SplitText(Nothing(), held_out, config.validation_fraction)
+        prepared = encoded(both, tokenizer, self.cache, config.prepare_workers)
         known = {"validation": prepared.meta["splits"]["validation"]}  # nobody knows what all of the text has
         self.prepared = replace(prepared, meta=prepared.meta | {"splits": known})
         write_json(self._record(self.fingerprint), [shard.identity for shard in self.shards])
 
-    def setup_training(self, prepared: Prepared) -> None:
-        """Nothing: reading begins with the first batch."""
+    def cut_windows(self) -> None:
+        assert isinstance(self.prepared, Prepared)
+        self.validation_windows = self.held_out_of(self.prepared, self.config)
+
+    @property
+    def windows(self) -> dict[str, WindowDataset | JoinedWindows]:
+        return {"validation": self.validation_windows}
 
     def _record(self, fingerprint: str) -> Path:
         return self.cache / "streams" / f"{fingerprint[:24]}.json"
@@ -175,7 +141,7 @@ class StreamDataModule(TextDataModule):
         assert self.prepared is not None
         parts = [
             fingerprint_of(self.shards),
-            json.dumps(self.source.settings, sort_keys=True),
+            json.dumps(self.text.settings, sort_keys=True),
             self.prepared.meta["tokenizer_fingerprint"],
             self.prepared.meta["splits"]["validation"]["sha256"],
         ]
@@ -223,7 +189,7 @@ class StreamDataModule(TextDataModule):
         self.close()
         text = Text(
             self.shards,
-            self.source,
+            self.text,
             self.tokenizer,
             self.block_size,
             self.stream.buffer,
@@ -234,14 +200,14 @@ class StreamDataModule(TextDataModule):
         order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
         loader = StreamLoader(text, order, pin_memory=trainer.strategy.root_device.type == "cuda")
         loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        self._loader_of_text = loader
+        self._reading = loader
         return loader
 
     def close(self) -> None:
         """End the reading, if it has begun."""
-        if self._loader_of_text is not None:
-            self._loader_of_text.close()
-            self._loader_of_text = None
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def teardown(self, stage: str) -> None:
         self.close()

@@ -23,9 +23,16 @@ EXAMPLES, EXAMPLE_CHARACTERS = 6, 240
 MANY_SOURCES = 12  # from here on files are taken together
 
 
-def texts_by_source(source: Source) -> dict[str, Iterator[str]]:
-    """The texts by name of file; where those are many, by folder; and where those are many too, all as one."""
-    paths = source.paths()
+def texts_by_source(sources: Mapping[str, Source]) -> dict[str, Iterator[str]]:
+    """The texts of several sources by their names; of one, by name of file.
+
+    Where files are many, they are taken by folder; and where those are many too, or there are none, all as one.
+    """
+    if len(sources) > 1:
+        return {name: (document.text for document in source.documents()) for name, source in sources.items()}
+    (source,) = sources.values()
+    if not (paths := source.paths()):
+        return {"generated": (document.text for document in source.documents())}
     names = [[path.name for path in paths], [path.parent.name for path in paths], ["all files"] * len(paths)]
     chosen = next(row for row in names if len(set(row)) < MANY_SOURCES)
     groups: dict[str, list[Path]] = {}

@@ -13,7 +13,7 @@ import logging
 import mmap
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -128,22 +128,51 @@ def prepare(
     call this at once, and die at any time: one builds, the others wait, and no half of a file is used; the next one
     goes on where a killed one was. `workers` processes encode, or None for as many as is quickest.
     """
-    text = _SplitText(source, validation_source, validation_fraction)
-    cache = Path(cache)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _trained_tokenizer(text, tokenizer, cache / "tokenizers", tokenizer_source)
+    text = SplitText(source, validation_source, validation_fraction)
+    tokenizer = tokenizer_for([text], tokenizer, cache, tokenizer_source)
+    return encoded(text, tokenizer, cache, workers)
+
+
+def tokenizer_for(
+    texts: Sequence["SplitText"],
+    tokenizer: Tokenizer | Callable[..., Tokenizer],
+    cache: Path,
+    source: Source | None = None,
+) -> Tokenizer:
+    """`tokenizer`, if it is one; else what it makes of all of `source`, or of the training side of `texts`."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    partial = tokenizer if isinstance(tokenizer, functools.partial) else functools.partial(tokenizer)
+    owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
+    name = [owner.__module__, owner.__qualname__, partial.func.__name__]
+    if source is not None:
+        learnt_from = [_source_identity(source, _file_records(source))]
+        content = (document.text for document in source.documents())
+    else:
+        learnt_from = [text.training_identity for text in texts]
+        content = (training for text in texts for training in text.training_texts())
+    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, learnt_from)
+    return _once(
+        Path(cache) / "tokenizers" / key,
+        load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
+        build=lambda folder: partial(content).save(folder),
+    )
+
+
+def encoded(text: "SplitText", tokenizer: Tokenizer, cache: Path, workers: int | None = None) -> Prepared:
+    """Both sides of `text` as tokens, from the cache where it has them."""
     trust = (type(tokenizer).__module__.split(".")[0],)  # its code runs already
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
     prepared = _once(
-        cache / "tokens" / key,
+        Path(cache) / "tokens" / key,
         load=lambda folder: open_prepared(folder, trust),
         build=lambda folder: _build(folder, text, tokenizer, dtype, workers, trust),
     )
     return replace(prepared, meta=prepared.meta | {"files": text.files})  # the same bytes may have stood elsewhere
 
 
-class _SplitText:
+class SplitText:
     """The text to prepare: its pieces, and the identities by which caches know it without reading it all."""
 
     def __init__(self, source: Source, validation_source: Source | None, fraction: float):
@@ -217,22 +246,6 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _trained_tokenizer(
-    text: _SplitText, build: Callable[..., Tokenizer], cache: Path, source: Source | None
-) -> Tokenizer:
-    partial = build if isinstance(build, functools.partial) else functools.partial(build)
-    owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
-    name = [owner.__module__, owner.__qualname__, partial.func.__name__]
-    learnt_from = _source_identity(source, _file_records(source)) if source else text.training_identity
-    texts = (document.text for document in source.documents()) if source else text.training_texts()
-    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, learnt_from)
-    return _once(
-        cache / key,
-        load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
-        build=lambda folder: build(texts).save(folder),
-    )
-
-
 def _once(folder: Path, load: Callable[[Path], T], build: Callable[[Path], None]) -> T:
     """What `load` makes of `folder`. Where it raises ValueError, `build` fills the folder first.
 
@@ -267,7 +280,7 @@ def _once(folder: Path, load: Callable[[Path], T], build: Callable[[Path], None]
 
 
 def _build(
-    folder: Path, text: _SplitText, tokenizer: Tokenizer, dtype: str, workers: int | None, trust: tuple[str, ...]
+    folder: Path, text: SplitText, tokenizer: Tokenizer, dtype: str, workers: int | None, trust: tuple[str, ...]
 ) -> None:
     start = time.monotonic()
     _require_space(folder, text, tokenizer, np.dtype(dtype).itemsize)
@@ -305,7 +318,7 @@ def _build(
     log.info("prepared %d tokens in %.1f s: %s", tokens, time.monotonic() - start, folder)
 
 
-def _require_space(folder: Path, text: _SplitText, tokenizer: Tokenizer, itemsize: int) -> None:
+def _require_space(folder: Path, text: SplitText, tokenizer: Tokenizer, itemsize: int) -> None:
     text_bytes = sum(file["size"] for files in text.files.values() for file in files)
     sample = next(text.pieces())[1].text[:10_000]
     needed = int(text_bytes * itemsize * len(tokenizer.encode(sample)) / len(sample.encode("utf-8", "surrogatepass")))

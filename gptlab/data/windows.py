@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptlab.data.tokens import Prepared, TokenFile
+from gptlab.data.tokens import TokenFile
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
@@ -37,6 +37,7 @@ class WindowDataset(Dataset):
         self.whole = window_count(len(tokens), block_size, stride)
         covered = (self.whole - 1) * stride + block_size + 1 if self.whole else 1  # the first token is no target
         self.tail_tokens = len(tokens) - covered  # targets in no whole window
+        self.dropped_tokens = 0 if keep_tail else self.tail_tokens if self.whole else len(tokens)  # in no window at all
 
     def __len__(self) -> int:
         return self.whole + (1 if self.keep_tail and self.tail_tokens > 0 else 0)
@@ -60,12 +61,16 @@ class WindowDataset(Dataset):
 
 
 class JoinedWindows(Dataset):
-    """The windows of several datasets of one block size, numbered through; none lies across two of them."""
+    """The windows of several datasets of one block size, numbered through; none lies across two of them.
 
-    def __init__(self, parts: Sequence[WindowDataset]):
-        self.parts = list(parts)
+    With `says_which` a batch also has `source` (B,): the number of the dataset that each window is of.
+    """
+
+    def __init__(self, parts: Sequence[WindowDataset], says_which: bool = False):
+        self.parts, self.says_which = list(parts), says_which
         self.block_size = self.parts[0].block_size
         self.starts = np.cumsum([0, *map(len, self.parts)])  # the number of each part's first window, and of them all
+        self.dropped_tokens = sum(part.dropped_tokens for part in self.parts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -82,6 +87,8 @@ class JoinedWindows(Dataset):
             rows = np.flatnonzero(owners == owner)
             own = np.where(numbers[rows] < 0, -1, numbers[rows] - self.starts[owner])
             found = self.parts[owner].__getitems__(own.tolist())
+            if self.says_which:
+                found["source"] = torch.full((len(rows),), owner)
             if len(rows) == len(numbers):
                 return found
             for name, values in found.items():
@@ -91,21 +98,18 @@ class JoinedWindows(Dataset):
         return batch
 
 
-def report(prepared: Prepared, block_size: int, stride: int) -> dict[str, dict[str, Any]]:
-    """What each side holds, as the rows of a table: sizes, compression, coverage, and windows of `block_size`.
+def report(splits: dict[str, dict[str, Any]], **windows: WindowDataset | JoinedWindows) -> dict[str, dict[str, Any]]:
+    """What each side holds, as the rows of a table: sizes, compression, coverage, and windows.
 
-    Training windows start `stride` tokens apart, and what the last one leaves is dropped. Validation windows stand side
-    by side, and the last may be shorter: none is dropped.
+    `splits` is that of meta.json. Training windows start `stride` tokens apart, and what the last one leaves is
+    dropped. Validation windows stand side by side, and the last may be shorter: none is dropped.
     """
-    train = WindowDataset(prepared.train, block_size, stride)
-    validation = WindowDataset(prepared.validation, block_size, block_size, keep_tail=True)
-    unseen = train.tail_tokens if train.whole else len(prepared.train)
     rows: dict[str, dict[str, Any]] = {}
-    for side, windows, dropped in (("train", train, unseen), ("validation", validation, 0)):
-        split = prepared.meta["splits"][side]
+    for side, of_side in windows.items():
+        split = splits[side]
         rows[side] = {key: split[key] for key in ("bytes", "documents", "tokens", "coverage", "unknown_tokens")}
         rows[side] |= {"bytes_per_token": split["bytes"] / split["tokens"]}
-        rows[side] |= {"windows": len(windows), "dropped_tokens": dropped}
+        rows[side] |= {"windows": len(of_side), "dropped_tokens": of_side.dropped_tokens}
     return rows
 
 
@@ -168,6 +172,10 @@ class TrainingOrder(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.batches
 
+    def windows_at(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        """The numbers of the windows that stand at these places of an epoch, before it is shuffled."""
+        return places
+
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start, self.start = self.epoch, self.start, 0
         chunk, first = np.empty(0, dtype=np.int64), 0  # permuted positions [first, first + len(chunk))
@@ -175,7 +183,8 @@ class TrainingOrder(Sampler[list[int]]):
             low, high = batch * self.global_batch, (batch + 1) * self.global_batch
             if high > first + len(chunk):
                 positions = np.arange(low, min(max(high, low + CHUNK), self.count))
-                chunk, first = permute(positions, self.count, f"{self.seed}/{epoch}"), low
+                places = permute(positions, self.count, f"{self.seed}/{epoch}")
+                chunk, first = self.windows_at(places, epoch), low
             yield chunk[low - first : high - first][self.rank :: self.world].tolist()
 
 
@@ -207,7 +216,13 @@ class WindowLoader(DataLoader):
     `progress` tells how many micro-batches of the epoch are processed: what has been fetched ahead does not count.
     """
 
-    def __init__(self, dataset: WindowDataset, order: TrainingOrder | ScoringOrder, num_workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: WindowDataset | JoinedWindows,
+        order: TrainingOrder | ScoringOrder,
+        num_workers: int,
+        pin_memory: bool,
+    ):
         self.order = order
         self.progress = lambda: 0
         super().__init__(

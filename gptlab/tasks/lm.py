@@ -65,6 +65,8 @@ class LMTask(LightningModule):
         self.set_compile(compile)
         token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
         self.validation = TokenMetrics(token_bytes)
+        self.source_names: list[str] = []  # of a mixture, whose sources are each scored for itself too
+        self.validation_by_source = torch.nn.ModuleList()
         # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked; no buffers, which
         # trainer.precision=bf16-true would round to 8 bits.
         self.step_sums, self.interval_sums, self.gradient_norm = torch.zeros(2), torch.zeros(2), torch.zeros(())
@@ -84,6 +86,11 @@ class LMTask(LightningModule):
             self.model.compile()
         else:
             self.model._compiled_call_impl = None
+
+    def setup(self, stage: str | None = None) -> None:
+        self.source_names = list(getattr(self.trainer.datamodule, "source_names", ()))
+        metrics = [TokenMetrics(self.validation.token_bytes) for _ in self.source_names]
+        self.validation_by_source = torch.nn.ModuleList(metrics).to(self.device)
 
     def configure_model(self) -> None:
         """Split the network over the ranks of a strategy that splits it."""
@@ -195,10 +202,17 @@ class LMTask(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         nll, likeliest = self.scored(batch["tokens"], batch["targets"])
         self.validation.update(nll, likeliest, batch["targets"], batch["loss_mask"])
+        for number, metrics in enumerate(self.validation_by_source):
+            is_of_it = batch["source"] == number
+            metrics.update(nll, likeliest, batch["targets"], batch["loss_mask"] & is_of_it[:, None])
 
     def on_validation_epoch_end(self) -> None:
         self.figures = figures = {f"val/{name}": value for name, value in self.validation.compute().items()}
         self.validation.reset()
+        for source, metrics in zip(self.source_names, self.validation_by_source, strict=True):
+            found = metrics.compute()
+            figures |= {f"val/{name}/{source}": found[name] for name in ("loss", "bits_per_byte")}
+            metrics.reset()
         self.log_dict(figures, logger=False)  # for callbacks that monitor; the record follows, at the optimizer step
         if not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
