@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import depth
-from gptlab.data.corpus import Files
+from gptlab.data.shards import shards_of
 from gptlab.given import given_in
 
 # and of others four: pydocs has 3.7 with the default pieces
@@ -52,7 +52,7 @@ def tokens_of(cfg: DictConfig) -> float | None:
     size = cfg.data.text_bytes
     if cfg.data.files is not None:
         try:
-            size = sum(path.stat().st_size for path in Files(OmegaConf.to_container(cfg.data).get("files")).paths())
+            size = sum(shard.size for shard in shards_of(OmegaConf.to_container(cfg.data).get("files")))
         except (OSError, ValueError, TypeError):  # for who reads the text to say
             return None
     if not positive(size):

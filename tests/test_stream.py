@@ -322,7 +322,7 @@ def test_documents_are_cleaned_as_they_come(tmp_path, loaders):
 def test_a_text_of_which_nothing_is_left_is_said_and_does_not_go_on_for_ever(tmp_path, loaders):
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n')
     source = Cleaned(Files(f"{tmp_path}/a.jsonl"), Cleaning(None, 10, None, 0.8))
-    with pytest.raises(ValueError, match=r"1 files hold no text: look at data.min_characters"):
+    with pytest.raises(ValueError, match=r"no text in 1 files; look at data.min_characters"):
         epochs(loaders(f"{tmp_path}/a.jsonl", source=source), 1)
 
 

@@ -70,9 +70,7 @@ def _explained(url: str) -> Iterator[None]:
         raise ValueError(f"data.files={url!r}: there is no such file, or no way to it ({error}); {OFFLINE}") from error
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"no space for a copy of {url}; set GPTLAB_CACHE_DIR to a larger disk"
-            ) from error
+            raise OSError(errno.ENOSPC, f"no space to copy {url} to; set GPTLAB_CACHE_DIR to a larger disk") from error
         raise OSError(f"cannot read data.files={url!r} ({type(error).__name__}: {error}); {OFFLINE}") from error
 
 

@@ -121,7 +121,7 @@ class Reader:
                 skipped = 0
             if not found:
                 raise ValueError(
-                    f"data.files: {len(shards)} files hold no text: look at data.min_characters and data.field"
+                    f"data.files: no text in {len(shards)} files; look at data.min_characters and data.field"
                 )
             turn, at = turn + 1, 0
 

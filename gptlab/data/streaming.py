@@ -13,11 +13,10 @@ from lightning.pytorch import Trainer
 from gptlab.data.changes import differences
 from gptlab.data.corpus import Source
 from gptlab.data.module import DataConfig, TextDataModule, data_rank, text_source, validation_source
-from gptlab.data.shards import Shard, fingerprint_of, refuse_overlap
+from gptlab.data.shards import Nothing, Sample, Shard, fingerprint_of, refuse_overlap
 from gptlab.data.stream import StreamLoader, Text
 from gptlab.data.tokens import Prepared, SplitText, encoded, tokenizer_for
 from gptlab.data.windows import JoinedWindows, TrainingOrder, WindowDataset
-from gptlab.files import cache_dir
 from gptlab.run import write_json
 from gptlab.tokenizer import Tokenizer
 
@@ -46,9 +45,7 @@ class TextStream:
         if config.files is None:
             faults.append("data=stream reads data.files, which is null: give paths, globs or URLs")
         if config.mix is not None:
-            faults.append(
-                "data.mix is of texts whose windows are counted before training; leave it out, or data=stream"
-            )
+            faults.append("data.mix is of texts that are prepared before training: leave it out, or data=stream")
         if config.validation_files is None:
             faults.append(
                 "data=stream needs data.validation_files: a share of a text can only be held out by reading all of it "
@@ -58,13 +55,11 @@ class TextStream:
             faults.append(f"data.stride={config.stride}: windows of a stream stand side by side; leave it out")
         if config.deduplicate is not None:
             faults.append(
-                f"data.deduplicate={config.deduplicate}: a stream does not know what it has read before; deduplicate the "
-                "files once, before training"
+                f"data.deduplicate={config.deduplicate}: a stream does not know what it has read before; leave copies "
+                "out of the files, before training"
             )
         if config.num_workers:
-            faults.append(
-                f"data.num_workers={config.num_workers}: a stream has data.stream.readers instead; leave it 0"
-            )
+            faults.append(f"data.num_workers={config.num_workers}: data.stream.readers read a stream; leave it 0")
         if faults:
             raise ValueError("\n".join(faults))
 
@@ -75,8 +70,6 @@ class TextStream:
 
 class StreamDataModule(TextDataModule):
     """Windows of text that is read while training. Validation is what `data.validation_files` holds, in token files."""
-
-    sample: Sample
 
     def __init__(
         self,
@@ -97,7 +90,7 @@ class StreamDataModule(TextDataModule):
     def named(self, source: Source | None) -> dict[str, Source]:
         """The sample, which is all that is looked at before training."""
         self.text = text_source(self.config, None)
-        self.sample = Sample(self.config.files, self.text, self.stream.sample_bytes, cache_dir())
+        self.sample = Sample(self.config.files, self.text, self.stream.sample_bytes, self.cache)
         return {"": self.sample}
 
     @property
@@ -111,8 +104,8 @@ class StreamDataModule(TextDataModule):
         config, stream = self.config, self.stream
         if stream.readers > len(self.shards):
             raise ValueError(
-                f"data.stream.readers={stream.readers}, and data.files names {len(self.shards)} files: each reader needs "
-                "one of its own; lower it, or divide the text into more files"
+                f"data.stream.readers={stream.readers}, and data.files names {len(self.shards)} files: a reader "
+                "takes at least one: lower it, or divide the text into more files"
             )
         held_out = validation_source(config)
         assert held_out is not None
@@ -176,10 +169,9 @@ class StreamDataModule(TextDataModule):
 
     def describe(self) -> str:
         assert self.prepared is not None
-        size = sum(shard.size for shard in self.shards)
         validation = self.prepared.meta["splits"]["validation"]
         return (
-            f"training text of {len(self.shards):,} files, {size / 1e6:,.1f} MB as they lie, is read while training; "
+            f"training text of {len(self.shards):,} files, {size_of(self.shards)} as they lie, is read while training; "
             f"{validation['tokens']:,} validation tokens; vocabulary {self.tokenizer.vocab_size:,}"
         )
 
@@ -214,3 +206,11 @@ class StreamDataModule(TextDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         self.close()
+
+
+def size_of(shards: list[Shard]) -> str:
+    size, unit = float(sum(shard.size for shard in shards)), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    return f"{size:.1f} {unit}"
