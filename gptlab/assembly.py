@@ -50,6 +50,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
         paths = {name: absolute(f"{key}.{name}", node[name]) for name in ("files", "validation_files") if name in node}
         if "folders" in (source := node.get("source") or {}):
             paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
+        if "folder" in (stream := node.get("stream") or {}):
+            paths["stream"] = stream | {"folder": absolute(f"{key}.stream.folder", stream["folder"])}
         return node | paths
 
     data = with_paths("data", cfg["data"])

@@ -167,7 +167,7 @@ def test_an_epoch_is_validated_once_and_ends_a_run(train, tmp_path, files):
     [
         (("data.validation_files=null",), "data=stream needs data.validation_files: a share of a text can only be held"),
         (("data.files=null",), "data=stream reads data.files, which is null"),
-        (("data.stride=4",), "data.stride=4: windows of a stream stand side by side"),
+        (("data.stride=4",), "data.stride=4: windows of data=stream stand side by side"),
         (("data.deduplicate=exact",), "data.deduplicate=exact: a stream does not know what it has read before"),
         (("data.num_workers=2",), "data.num_workers=2: data.stream.readers read a stream"),
         (("data.stream.readers=6",), "data.stream.readers=6, and data.files names 5 files"),

@@ -1,4 +1,4 @@
-"""`data=stream`: the data module of text that is read while training, with validation text in token files as ever."""
+"""Data modules of text that is read while training; and `data=stream`, files of text that are."""
 
 import hashlib
 import json
@@ -21,6 +21,90 @@ from gptlab.run import write_json
 from gptlab.tokenizer import Tokenizer
 
 
+class StreamedDataModule(TextDataModule):
+    """Training text is read while training, by a loader that knows its place. Only validation's has token files."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        stream: Any,
+        tokenizer: Callable[..., Tokenizer] | Tokenizer,
+        block_size: int,
+        seed: int,
+        cache: Path | None = None,
+        tokenizer_source: Source | None = None,
+    ):
+        stream.check(config)
+        self.stream = stream
+        super().__init__(config, None, tokenizer, block_size, seed, cache, tokenizer_source)
+        self.stride = block_size
+        self._reading: Any = None
+
+    def prepare_held_out(self, tokenizer: Tokenizer) -> Prepared:
+        """Validation's tokens, found or made; nobody knows what all of the training text has."""
+        text = SplitText(Nothing(), validation_source(self.config), self.config.validation_fraction)
+        prepared = encoded(text, tokenizer, self.cache, self.config.prepare_workers)
+        known = {"validation": prepared.meta["splits"]["validation"]}
+        return replace(prepared, meta=prepared.meta | {"splits": known})
+
+    def cut_windows(self) -> None:
+        assert isinstance(self.prepared, Prepared)
+        self.validation_windows = self.held_out_of(self.prepared, self.config)
+
+    @property
+    def windows(self) -> dict[str, WindowDataset | JoinedWindows]:
+        return {"validation": self.validation_windows}
+
+    def example(self) -> dict[str, torch.Tensor]:
+        return self.validation_windows.__getitems__([0] * self.config.batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        assert self.prepared is not None
+        known = [self.prepared.meta["tokenizer_fingerprint"], self.prepared.meta["splits"]["validation"]["sha256"]]
+        return hashlib.sha256("\n".join([*self.training_identity(), *known]).encode()).hexdigest()
+
+    def training_identity(self) -> list[str]:
+        """What tells the training text, and how it is read, from others."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        assert self.prepared is not None
+        tokens = self.prepared.meta["splits"]["validation"]["tokens"]
+        return (
+            f"{self.describe_training()}, read while training; {tokens:,} validation tokens; "
+            f"vocabulary {self.tokenizer.vocab_size:,}"
+        )
+
+    def describe_training(self) -> str:
+        raise NotImplementedError
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        self.close()
+        order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
+        self._reading = loader = self.reading(order, pin_memory=trainer.strategy.root_device.type == "cuda")
+        loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return loader
+
+    def reading(self, order: TrainingOrder, pin_memory: bool) -> Any:
+        """What reads the training text, as a loader with `progress`, a state, and `close`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the reading, if it has begun."""
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def teardown(self, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class TextStream:
     """How text is read while training: the node `data.stream` of `data=stream`.
@@ -41,18 +125,9 @@ class TextStream:
 
     def check(self, config: DataConfig) -> None:
         """Raise ValueError with all that cannot be together with a stream."""
-        faults = []
+        faults = faults_of_any_stream(config, "stream")
         if config.files is None:
             faults.append("data=stream reads data.files, which is null: give paths, globs or URLs")
-        if config.mix is not None:
-            faults.append("data.mix is of texts that are prepared before training: leave it out, or data=stream")
-        if config.validation_files is None:
-            faults.append(
-                "data=stream needs data.validation_files: a share of a text can only be held out by reading all of it "
-                "first, as other data=<name> do; give files that are not among data.files"
-            )
-        if config.stride is not None:
-            faults.append(f"data.stride={config.stride}: windows of a stream stand side by side; leave it out")
         if config.deduplicate is not None:
             faults.append(
                 f"data.deduplicate={config.deduplicate}: a stream does not know what it has read before; leave copies "
@@ -68,24 +143,10 @@ class TextStream:
         return StreamDataModule
 
 
-class StreamDataModule(TextDataModule):
-    """Windows of text that is read while training. Validation is what `data.validation_files` holds, in token files."""
+class StreamDataModule(StreamedDataModule):
+    """Windows of text that is read, tokenized, cut and shuffled while training."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        stream: TextStream,
-        tokenizer: Callable[..., Tokenizer] | Tokenizer,
-        block_size: int,
-        seed: int,
-        cache: Path | None = None,
-        tokenizer_source: Source | None = None,
-    ):
-        stream.check(config)
-        self.stream = stream
-        super().__init__(config, None, tokenizer, block_size, seed, cache, tokenizer_source)
-        self.stride = block_size
-        self._reading: StreamLoader | None = None
+    stream: TextStream
 
     def named(self, source: Source | None) -> dict[str, Source]:
         """The sample, which is all that is looked at before training."""
@@ -101,44 +162,23 @@ class StreamDataModule(TextDataModule):
         """List the shards; build the tokenizer, of a sample of them, and validation's tokens, or find them."""
         if self.prepared is not None:
             return
-        config, stream = self.config, self.stream
-        if stream.readers > len(self.shards):
+        if self.stream.readers > len(self.shards):
             raise ValueError(
-                f"data.stream.readers={stream.readers}, and data.files names {len(self.shards)} files: a reader "
+                f"data.stream.readers={self.stream.readers}, and data.files names {len(self.shards)} files: a reader "
                 "takes at least one: lower it, or divide the text into more files"
             )
-        held_out = validation_source(config)
+        held_out = validation_source(self.config)
         assert held_out is not None
         refuse_overlap(self.shards, held_out.paths())
-        tokenizer = tokenizer_for([], self.build_tokenizer, self.cache, self.tokenizer_source or self.sample)
-        both = SplitText(Nothing(), held_out, config.validation_fraction)
-        prepared = encoded(both, tokenizer, self.cache, config.prepare_workers)
-        known = {"validation": prepared.meta["splits"]["validation"]}  # nobody knows what all of the text has
-        self.prepared = replace(prepared, meta=prepared.meta | {"splits": known})
+        learnt_from = self.tokenizer_source or self.sample
+        self.prepared = self.prepare_held_out(tokenizer_for([], self.build_tokenizer, self.cache, learnt_from))
         write_json(self._record(self.fingerprint), [shard.identity for shard in self.shards])
-
-    def cut_windows(self) -> None:
-        assert isinstance(self.prepared, Prepared)
-        self.validation_windows = self.held_out_of(self.prepared, self.config)
-
-    @property
-    def windows(self) -> dict[str, WindowDataset | JoinedWindows]:
-        return {"validation": self.validation_windows}
 
     def _record(self, fingerprint: str) -> Path:
         return self.cache / "streams" / f"{fingerprint[:24]}.json"
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for the same files, read and tokenized alike; of a file's content its size and date are known."""
-        assert self.prepared is not None
-        parts = [
-            fingerprint_of(self.shards),
-            json.dumps(self.text.settings, sort_keys=True),
-            self.prepared.meta["tokenizer_fingerprint"],
-            self.prepared.meta["splits"]["validation"]["sha256"],
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    def training_identity(self) -> list[str]:
+        return [fingerprint_of(self.shards), json.dumps(self.text.settings, sort_keys=True)]
 
     def files_that_differ(self, fingerprint: str) -> str:
         try:
@@ -164,48 +204,37 @@ class StreamDataModule(TextDataModule):
             )
         return TrainingOrder(windows, self.config.batch_size, accumulate, self.seed, rank, world)
 
-    def example(self) -> dict[str, torch.Tensor]:
-        return self.validation_windows.__getitems__([0] * self.config.batch_size)
+    def describe_training(self) -> str:
+        return f"training text of {len(self.shards):,} files, {size_of(self.shards)} as they lie"
 
-    def describe(self) -> str:
-        assert self.prepared is not None
-        validation = self.prepared.meta["splits"]["validation"]
-        return (
-            f"training text of {len(self.shards):,} files, {size_of(self.shards)} as they lie, is read while training; "
-            f"{validation['tokens']:,} validation tokens; vocabulary {self.tokenizer.vocab_size:,}"
-        )
-
-    def train_dataloader(self) -> StreamLoader:
-        trainer = self.trainer
-        assert trainer is not None
-        self.close()
+    def reading(self, order: TrainingOrder, pin_memory: bool) -> StreamLoader:
+        stream = self.stream
         text = Text(
             self.shards,
             self.text,
             self.tokenizer,
-            self.block_size,
-            self.stream.buffer,
-            self.stream.readers,
-            self.seed,
-            self.cache,
+            block_size=self.block_size,
+            buffer=stream.buffer,
+            readers=stream.readers,
+            seed=self.seed,
+            cache=self.cache,
         )
-        order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
-        loader = StreamLoader(text, order, pin_memory=trainer.strategy.root_device.type == "cuda")
-        loader.progress = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        self._reading = loader
-        return loader
+        return StreamLoader(text, order, pin_memory)
 
-    def close(self) -> None:
-        """End the reading, if it has begun."""
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
 
-    def teardown(self, stage: str) -> None:
-        self.close()
-
-    def on_exception(self, exception: BaseException) -> None:
-        self.close()
+def faults_of_any_stream(config: DataConfig, word: str) -> list[str]:
+    """What is wrong in a config where `data=<word>` reads the training text while training."""
+    faults = []
+    if config.mix is not None:
+        faults.append(f"data.mix is of texts that are prepared before training: leave it out, or data={word}")
+    if config.validation_files is None:
+        faults.append(
+            f"data={word} needs data.validation_files: a share of a text can only be held out by reading all of it "
+            "first, as other data=<name> do; give files that are not trained on"
+        )
+    if config.stride is not None:
+        faults.append(f"data.stride={config.stride}: windows of data={word} stand side by side; leave it out")
+    return faults
 
 
 def size_of(shards: list[Shard]) -> str:
