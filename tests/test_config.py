@@ -150,8 +150,8 @@ FLOORS = {
     "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.cleaning data.code data.corpus "
     "data.document data.encoding data.formats data.grammar data.mixture data.remote "
-    "data.sources data.stories data.tokenizer_report data.tokens data.windows data.workers",
-    2: "strategies profilers data.module data.mixed tasks.lm tasks.metrics "
+    "data.shards data.sources data.stories data.stream data.tokenizer_report data.tokens data.windows data.workers",
+    2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming tasks.lm tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
     "study staged train prepare __main__",
@@ -159,7 +159,7 @@ FLOORS = {
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
     1: {"torch", "numpy", "filelock", "pooch", "tqdm", "fsspec", "pyarrow", "zstandard", "compression", "datasketch"},
-    2: {"torch", "numpy", "lightning", "torchmetrics", "rich"},
+    2: {"torch", "numpy", "lightning", "torchmetrics", "rich", "litdata"},
     3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

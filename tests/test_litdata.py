@@ -28,7 +28,9 @@ STEPS = 9
 def test_a_config_that_lacks_it_says_what_to_install(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "litdata", None)
     with pytest.raises(ValueError, match=r'data=litdata is not installed .* pip install "gptlab\[stream\]"'):
-        train(tmp_path / "run", "data=litdata", "data.stream.folder=tokens", "data.files=null", "data.validation_files=a")
+        train(
+            tmp_path / "run", "data=litdata", "data.stream.folder=tokens", "data.files=null", "data.validation_files=a"
+        )
 
 
 litdata = pytest.importorskip("litdata")
@@ -86,7 +88,8 @@ def blocks(folder: Path) -> list[bytes]:
 
 
 def test_the_page_s_script_writes_every_document(folder):
-    texts = [json.loads(line)["text"] for number in range(FILES) for line in open(folder / f"{number}.jsonl")]
+    lines = "".join((folder / f"{number}.jsonl").read_text() for number in range(FILES)).splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
     tokens = []
     for chunk in json.loads((folder / "tokens/index.json").read_text())["chunks"]:
         content = (folder / "tokens" / chunk["filename"]).read_bytes()
@@ -248,7 +251,7 @@ def test_the_tokenizer_is_the_one_that_made_the_tokens(folder, tmp_path):
         module(folder, tokenizer=CharTokenizer("abc"))
     (folder / "tokens/tokenizer").rename(folder / "away")
     try:
-        with pytest.raises(ValueError, match="says nothing of the tokenizer that made it: give tokenizer.path"):
+        with pytest.raises(ValueError, match=r"says nothing of the tokenizer that made it: give tokenizer.path"):
             module(folder)
         data = module(folder, tokenizer=CharTokenizer("abc"))
         with pytest.raises(ValueError, match=r"holds the token \d+, and the tokenizer knows 16"):

@@ -1,4 +1,4 @@
-"""Runs on streamed text: from the command line, resumed, on two ranks, and what they say of text that nobody counted."""
+"""Runs on streamed text: resumed, killed, on two ranks; and what they say of text that nobody counted."""
 
 import json
 import os
@@ -165,7 +165,10 @@ def test_an_epoch_is_validated_once_and_ends_a_run(train, tmp_path, files):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("data.validation_files=null",), "data=stream needs data.validation_files: a share of a text can only be held"),
+        (
+            ("data.validation_files=null",),
+            "data=stream needs data.validation_files: a share of a text can only",
+        ),
         (("data.files=null",), "data=stream reads data.files, which is null"),
         (("data.stride=4",), "data.stride=4: windows of data=stream stand side by side"),
         (("data.deduplicate=exact",), "data.deduplicate=exact: a stream does not know what it has read before"),
@@ -174,7 +177,10 @@ def test_an_epoch_is_validated_once_and_ends_a_run(train, tmp_path, files):
         (("data.stream.buffer=0",), "data.stream.buffer=0 must be at least 1"),
         (("data.stream.epoch_windows=15",), "data.stream.epoch_windows=15 is less than the 16 windows"),
         (("+data.stream.bufer=3",), "data.stream.bufer=3: TextStream takes no such key, did you mean 'buffer'"),
-        (("data.mix={pydocs: 1}", "data.files=null", "data.validation_files=null"), "data.mix is of texts that are prepared before training"),
+        (
+            ("data.mix={pydocs: 1}", "data.files=null", "data.validation_files=null"),
+            "data.mix is of texts that are prepared before training",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_a_step(tmp_path, files, overrides, says):
@@ -218,7 +224,11 @@ def test_a_tokenizer_learns_from_a_bounded_sample_of_several_files(tmp_path, mon
     texts = [document.text for document in data.sample.documents()]
     sizes = [len(text) for text in texts]
     assert 400 <= sum(sizes) < 400 + 4 * max(sizes)
-    read = [path for path in (tmp_path / "many").glob("*.jsonl") if any(json.dumps(text) in path.read_text() for text in texts)]
+    read = [
+        path
+        for path in (tmp_path / "many").glob("*.jsonl")
+        if any(json.dumps(text) in path.read_text() for text in texts)
+    ]
     assert len(read) == 4
     everything = stream(files, sample_bytes=10**9)
     assert sum(1 for _ in everything.sample.documents()) == 24  # of four files

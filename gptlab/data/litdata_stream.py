@@ -14,14 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fsspec
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from gptlab.data.corpus import Source
 from gptlab.data.module import DataConfig, TextDataModule, data_rank, tensor_ranks
-from gptlab.data.remote import is_remote
+from gptlab.data.remote import content_of, is_remote
 from gptlab.data.shards import Nothing
 from gptlab.data.streaming import StreamedDataModule, faults_of_any_stream
 from gptlab.data.windows import TrainingOrder
@@ -37,7 +36,7 @@ def library() -> ModuleType:
         import litdata
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'data=litdata is not installed ({error}): pip install "gptlab[stream]", with the torchvision that fits torch'
+            f'data=litdata is not installed ({error}): pip install "gptlab[stream]", and torchvision that fits torch'
         ) from error
     return litdata
 
@@ -66,7 +65,7 @@ class LitStream:
 
 
 class LitLoader:
-    """A sized loader over a StreamingDataLoader of litdata's, begun anew each epoch, whose state is of what was trained.
+    """A sized loader over litdata's own, which is begun anew each epoch; its state is of what was trained on.
 
     litdata counts batches as it yields them, and changes a state that it has been given. So a copy is kept of the
     state after each of the last batches, and it is the one of the last that is processed that is saved.
@@ -100,8 +99,8 @@ class LitLoader:
             self._states.append((batch + 1, deepcopy(loader.state_dict())))
             if (highest := int(windows.max())) >= self.vocab_size:
                 raise ValueError(
-                    f"data.stream.folder holds the token {highest}, and the tokenizer knows {self.vocab_size}: give the "
-                    "one that made it as tokenizer.path"
+                    f"data.stream.folder holds the token {highest}, and the tokenizer knows {self.vocab_size}: "
+                    "give the one that made it as tokenizer.path"
                 )
             mask = torch.ones(len(windows), windows.shape[1] - 1, dtype=torch.bool)
             yield {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
@@ -137,8 +136,7 @@ class LitDataModule(StreamedDataModule):
         folder = self.stream.folder
         assert folder is not None
         try:
-            with fsspec.open(f"{folder}/index.json", "rb") as file:
-                content = file.read()
+            content = content_of(f"{folder}/index.json")
             index = json.loads(content)
             kind, chunks = index["config"]["item_loader"], index["chunks"]
         except Exception as error:  # each library of a store has its own
@@ -166,8 +164,8 @@ class LitDataModule(StreamedDataModule):
             )
         if given is not None and own is not None and given.fingerprint != own.fingerprint:
             raise ValueError(
-                f"tokenizer.path is not the tokenizer that made data.stream.folder={folder!r}, which stands in it: leave "
-                "tokenizer.path out"
+                f"tokenizer.path is not the tokenizer that made data.stream.folder={folder!r}, which stands in it: "
+                "leave tokenizer.path out"
             )
         return given or own
 

@@ -25,7 +25,7 @@ class DataConfig:
     """What text, and how it is cut into batches."""
 
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
-    stream: Any = field(default_factory=dict)  # what reads the text while training, instead of making token files first
+    stream: Any = None  # what reads the text while training, instead of making token files first: see data=stream
     files: Any = None  # your own text: a path, glob or URL, or a list of them
     mix: Any = None  # several sources by weight, '{pydocs: 3, code: 1}': words of data, or texts of their own
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out

@@ -53,6 +53,12 @@ def copy(url: str, target: Path, stopped: Callable[[], bool]) -> None:
         _copy(system, path, target, stopped)
 
 
+def content_of(place: str) -> bytes:
+    """All of a small file, by path or URL. What goes wrong is each library's own exception."""
+    with fsspec.open(place, "rb") as file:
+        return file.read()
+
+
 def _version(info: dict) -> str:
     return next((f"{key} {info[key]}" for key in VERSIONS if info.get(key)), "")
 
