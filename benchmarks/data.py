@@ -1,10 +1,14 @@
-"""From text to tokens: `python benchmarks/data.py [--only speed memory kills] [--megabytes 100]`.
+"""From text to tokens to batches: `python benchmarks/data.py [--only speed memory kills tokenizers loaders]`.
 
 The text is Python's standard library over and over, each line with a number of its own in front, so that no two are the
 same; the tokenizer is sentencepiece BPE with 8,000 pieces. `speed` is MB of text a second with so many processes that
 encode (0: in the one that reads), starting them included, in turns. `memory` is the largest resident memory of all
 processes, which grows with the corpus or does not. `kills` ends builds by kill -9 at random moments, and compares the
 bytes of the one that is left alone with those of a build that nobody killed.
+
+`tokenizers` (encoders.py) is MB of text a second by each kind of tokenizer, alone and through all of that, beside the
+batches of its own library, with one thread and two; its text is that of GPTLAB_DATA_DIR. `loaders` (loaders.py) is
+windows a second, beside a DataLoader over single items and random slices.
 """
 
 import argparse
@@ -19,11 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import encoders
+import loaders
 from turns import machine, markdown, median, quotient, take_turns
 
 from gptlab.data.sources import PySource
 from gptlab.tokenizer import SentencePieceTokenizer
 
+WORDS = ("speed", "memory", "kills", "tokenizers", "loaders")
 PROCESSORS = len(os.sched_getaffinity(0))
 BUILD = """
 import json, resource, sys, time
@@ -120,27 +127,41 @@ def finished(command: list[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["speed", "memory", "kills"], choices=["speed", "memory", "kills"])
-    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--only", nargs="+", default=WORDS, choices=WORDS)
+    parser.add_argument("--megabytes", type=float, default=100, help="of text")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100, 1000])
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100, 1000], help="MB of text, for memory")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", default=encoders.KINDS, choices=encoders.KINDS, help="of tokenizers")
+    parser.add_argument("--pieces", type=int, default=8000, help="vocabulary of tokenizers that are compared")
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="of the file that loaders read")
+    parser.add_argument("--batches", type=int, default=2000, help="that each loader is timed for")
     arguments = parser.parse_args()
     print(machine("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder, "tokenizer")
-        settings = {"vocab_size": 8000, "model_type": "bpe", "character_coverage": 0.9995, "max_train_bytes": 5 * 10**6}
-        SentencePieceTokenizer.train((d.text for d in PySource().documents()), **settings).save(tokenizer)
         for word in arguments.only:
             own = Path(folder, word)
             own.mkdir()
-            if word == "speed":
-                speed(own, tokenizer, arguments.megabytes, arguments.rounds)
-            elif word == "memory":
-                memory(own, tokenizer, arguments.sizes)
+            if word == "tokenizers":
+                sizes = (arguments.megabytes, arguments.pieces, arguments.rounds)
+                encoders.compare(own, arguments.kinds, *sizes, build)
+            elif word == "loaders":
+                loaders.compare(own, arguments.tokens, arguments.batches, arguments.rounds)
             else:
-                kills(own, tokenizer, arguments.megabytes, arguments.kills)
+                of_builds(word, own, arguments)
             shutil.rmtree(own)
+
+
+def of_builds(word: str, folder: Path, arguments: argparse.Namespace) -> None:
+    tokenizer = folder / "tokenizer"
+    settings = {"vocab_size": 8000, "model_type": "bpe", "character_coverage": 0.9995, "max_train_bytes": 5 * 10**6}
+    SentencePieceTokenizer.train((d.text for d in PySource().documents()), **settings).save(tokenizer)
+    if word == "speed":
+        speed(folder, tokenizer, arguments.megabytes, arguments.rounds)
+    elif word == "memory":
+        memory(folder, tokenizer, arguments.sizes)
+    else:
+        kills(folder, tokenizer, arguments.megabytes, arguments.kills)
 
 
 if __name__ == "__main__":

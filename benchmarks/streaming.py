@@ -23,7 +23,7 @@ from turns import Rounds, machine, markdown, median, quotient, run_gptlab, take_
 
 from gptlab.borrowed import HuggingFaceTokenizer
 from gptlab.data.corpus import Files
-from gptlab.data.shards import shards_of
+from gptlab.data.listed import text_files
 from gptlab.data.sources import PySource
 from gptlab.data.stream import StreamLoader, Text
 from gptlab.data.windows import TrainingOrder
@@ -71,7 +71,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 def loader_of(files: str, tokenizer: Tokenizer, windows: int, buffer: int = BUFFER) -> StreamLoader:
     """A loader of one reader, an epoch of which is so many windows."""
-    text = Text(shards_of(files), Files(files), tokenizer, BLOCK, buffer, readers=1, seed=1, cache=Path(files).parent)
+    text = Text(text_files(files), Files(files), tokenizer, BLOCK, buffer, readers=1, seed=1, cache=Path(files).parent)
     return StreamLoader(text, TrainingOrder(windows, BATCH, 1, seed=1), pin_memory=False)
 
 

@@ -26,6 +26,7 @@ from gptlab.data.corpus import Files, Source
 from gptlab.data.mixed import MixedDataModule
 from gptlab.data.module import TextDataModule, reading_of
 from gptlab.data.remote import is_remote
+from gptlab.data.tokenized import TokenizedDataModule
 from gptlab.machine import set_compiler
 from gptlab.model import GPT, GPTConfig
 from gptlab.run import RunFolder
@@ -47,7 +48,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
 
     def with_paths(key: str, node: dict[str, Any]) -> dict[str, Any]:
         """A node of `data`, or of one of its sources."""
-        paths = {name: absolute(f"{key}.{name}", node[name]) for name in ("files", "validation_files") if name in node}
+        named = [name for name in ("files", "validation_files", "tokens", "validation_tokens") if name in node]
+        paths = {name: absolute(f"{key}.{name}", node[name]) for name in named}
         if "folders" in (source := node.get("source") or {}):
             paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
         if "folder" in (stream := node.get("stream") or {}):
@@ -93,6 +95,8 @@ def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:
     """Which data module the config calls for; a checkpoint has its state under the name of the class."""
     if (stream := config.make(cfg["data"].get("stream"))) is not None:
         return stream.data_module
+    if cfg["data"].get("tokens") is not None:
+        return TokenizedDataModule
     return TextDataModule if cfg["data"].get("mix") is None else MixedDataModule
 
 

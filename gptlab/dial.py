@@ -5,7 +5,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import depth
-from gptlab.data.shards import shards_of
+from gptlab.data.ids import count_ids
+from gptlab.data.listed import text_files
 from gptlab.given import given_in
 
 # and of others four: pydocs has 3.7 with the default pieces
@@ -49,16 +50,21 @@ def turn(cfg: DictConfig, given: set[str]) -> None:
 
 def tokens_of(cfg: DictConfig) -> float | None:
     """About how many tokens the training text has, judged by its size before any of it is read; None where unknown."""
+    held_out = 0 if cfg.data.validation_files or cfg.data.validation_tokens else cfg.data.validation_fraction
+    if cfg.data.tokens is not None:
+        try:
+            return count_ids(OmegaConf.to_container(cfg.data).get("tokens")) * (1 - held_out)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
     size = cfg.data.text_bytes
     if cfg.data.files is not None:
         try:
-            size = sum(shard.size for shard in shards_of(OmegaConf.to_container(cfg.data).get("files")))
+            size = sum(file.size for file in text_files(OmegaConf.to_container(cfg.data).get("files")))
         except (OSError, ValueError, TypeError):  # for who reads the text to say
             return None
     if not positive(size):
         return None
     kind = str(cfg.tokenizer.get("_target_")).rsplit(".", 2)[-2:][0]
-    held_out = 0 if cfg.data.validation_files else cfg.data.validation_fraction
     return size * (1 - held_out) / BYTES_A_TOKEN.get(kind, 4)
 
 

@@ -160,7 +160,7 @@ def run_name(cfg: dict[str, Any]) -> str:
     choices = HydraConfig.get().runtime.choices
     if choices.get("experiments"):
         return str(choices["experiments"]).replace("/", "-")
-    files = cfg["data"]["files"]
+    files = cfg["data"]["files"] or cfg["data"]["tokens"]
     if files is None:
         return f"{choices['model']}-{'mix' if cfg['data']['mix'] else choices['data']}"
     stem = re.sub(r"[^\w.]+", "-", Path(files).stem)[:40].strip("-") if isinstance(files, str) else ""

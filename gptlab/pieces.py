@@ -1,12 +1,13 @@
-"""Learning a sentencepiece model that loses nothing: chunks of text in, the bytes of a model out."""
+"""Sentencepiece models that lose nothing: learning one of chunks of text, and encoding with it word by word."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import sentencepiece
 
-from gptlab.chunks import CHUNK_CHARACTERS
+from gptlab.chunks import CHUNK_CHARACTERS, chunks
 
 SPACE = "\u2581"  # sentencepiece's sign for a space: the one character its pieces cannot spell
 RESERVED = re.compile(f"[{SPACE}\u2585]|<0x[0-9A-F]{{2}}>")  # with that for the unknown, and its names of bytes
@@ -14,6 +15,47 @@ REMEDIES = {  # by sentencepiece's message
     r"size too high.*<= (\d+)": "the largest possible for this text is {}; lower it, or give more text",
     r"size is smaller.* vs (\d+)": "the smallest possible for this text is {}; raise it, or lower character_coverage",
 }
+
+
+# The ends of words, over which no piece goes: before a space that follows none, and where letters, digits and all else
+# meet, as sentencepiece cuts text before it learns; of a vocabulary with other pieces, the first of these alone.
+WORDS = (re.compile(r" *(?:[^\W\d_]+|\d|(?:(?! )[\W_])+)| +"), re.compile(r" *[^ ]+| +"))
+MOST_CHARACTERS = 2**20  # of words whose ids are kept: about 40 MB
+
+
+class Words:
+    """The ids of text by a BPE `model`, word by word, most of which have come before.
+
+    Merges on one side of a place that no piece goes over do not depend on what stands on the other: these are the ids
+    of the text in one piece.
+    """
+
+    def __init__(self, model: sentencepiece.SentencePieceProcessor, pattern: re.Pattern):
+        self.model, self.pattern = model, pattern
+        self.known: dict[str, list[int]] = {}
+        self.characters = 0
+
+    def encode(self, text: str) -> Iterator[int]:
+        words = self.pattern.findall(text)
+        if self.characters > MOST_CHARACTERS:
+            self.known, self.characters = {}, 0
+        new = [word for word in dict.fromkeys(words) if word not in self.known]
+        self.known.update(zip(new, self.model.encode(new), strict=True))
+        self.characters += sum(map(len, new))
+        return chain.from_iterable(map(self.known.__getitem__, words))
+
+
+def encoder(model: sentencepiece.SentencePieceProcessor, is_bpe: bool) -> Callable[[str], Iterator[int]]:
+    """What makes ids of text: by words, if it is BPE and its pieces keep to them, else by chunks.
+
+    The scores of unigram models, which are quick, are sums: cut elsewhere, they could differ in the last digit.
+    """
+    special = [model.is_control(i) or model.is_unknown(i) or model.is_byte(i) for i in range(model.vocab_size())]
+    pieces = [model.id_to_piece(i).replace(SPACE, " ") for i, is_special in enumerate(special) if not is_special]
+    for pattern in WORDS if is_bpe else ():
+        if all(len(pattern.findall(piece)) == 1 for piece in pieces):
+            return Words(model, pattern).encode
+    return lambda text: chain.from_iterable(map(model.encode, chunks(text)))
 
 
 def learn(

@@ -34,6 +34,9 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         "hash": "a hash of the document",
         "source": "data.validation_files",
         "mix": "that of each source",
+        "tail of file": "the tail of each file",
+        "hash of file": "a hash of the file",
+        "tokens": "data.validation_tokens",
     }
     held_out = rule[prepared.meta["split"]["rule"]]
     title = f"{data.tokenizer.vocab_size:,} tokens known; validation is {held_out}"
@@ -51,13 +54,16 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         "windows": "{:,}",
         "dropped_tokens": "{:,}",
     }.items():
-        table.add_row(key.replace("_", " "), *(form.format(row[key]) for row in rows.values()))
+        cells = ("" if row[key] is None else form.format(row[key]) for row in rows.values())
+        table.add_row(key.replace("_", " "), *cells)
     doors.show(table)
     doors.say(
         f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
     )
     if isinstance(prepared, Mixture):
         show_sources(data, prepared)
+    if not data.sources:  # ids that stay where they are
+        return 0
     show_tokenizer(stored_report(data, prepared))
     doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")
@@ -112,7 +118,8 @@ def show_tokenizer(content: dict[str, Any]) -> None:
         cells = ("" if figures[key] is None else form.format(figures[key]) for key, form in columns.items())
         table.add_row(Text(name), *cells)
     doors.show(table)
-    doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in content["longest_pieces"][:6]))
+    if longest := content["longest_pieces"][:6]:
+        doors.say("longest pieces: " + "  ".join(row["piece"][:40] for row in longest))
 
 
 def main() -> None:

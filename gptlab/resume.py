@@ -119,7 +119,8 @@ def require_same_config(cfg: dict[str, Any], state: dict[str, Any], folder: RunF
     if not (text := state["callbacks"]["RunRecord"].get("config")):
         return
     then, now = flat(parsed_config(text.encode(), folder.config)), flat(cfg)
-    free = (*FREE, *OF_THE_COMMAND, "data.files", "data.validation_files", "tokenizer.path", "tokenizer.files")
+    files = (f"data.{name}" for name in ("files", "validation_files", "tokens", "validation_tokens"))
+    free = (*FREE, *OF_THE_COMMAND, *files, "tokenizer.path", "tokenizer.files")
     changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key) and not is_below(key, free))
     if changed:
         faults = [f"{key}: {now.get(key)!r}, and {then.get(key)!r} in the checkpoint" for key in changed[:10]]

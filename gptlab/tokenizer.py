@@ -13,7 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import chain, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Self
 
@@ -21,9 +21,9 @@ import numpy as np
 import sentencepiece
 import torch
 
-from gptlab.chunks import chunks, training_sample
+from gptlab.chunks import training_sample
 from gptlab.names import load_class
-from gptlab.pieces import SPACE, learn
+from gptlab.pieces import SPACE, encoder, learn
 from gptlab.vocabulary import checked_domain_tokens, listing
 
 # Ids 0.. in this order in every tokenizer: sentencepiece's own four, then the marks of dialogue and tool calls.
@@ -230,6 +230,8 @@ def as_text(text: str | bytes) -> str:
     """`text` as a str in which bytes that are no UTF-8 are U+DC80 to U+DCFF, Python's "surrogateescape"."""
     if isinstance(text, bytes):
         return text.decode("utf-8", "surrogateescape")
+    if text.isascii():
+        return text
     # any other lone surrogate, such as the JSON "\\ud800", stands for no bytes at all
     return re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
 
@@ -305,8 +307,8 @@ _NEEDS_BYTES = re.compile(f"([{SPACE}\udc80-\udcff]+)")
 class SentencePieceTokenizer(Tokenizer):
     """A BPE or unigram vocabulary learnt from text; what it lacks is spelt in byte tokens, so nothing is unknown.
 
-    Long text is encoded in chunks cut at line ends, so the ids near a cut may differ from those of the whole in one
-    piece. They decode to the same text.
+    Unigram models, and those made elsewhere, encode long text in chunks cut at line ends: ids near a cut may differ
+    from those of the whole, and decode to the same text.
     """
 
     def __init__(self, model: bytes, settings: Mapping | None = None):
@@ -325,6 +327,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_tokens = tuple(names[i] for i in own)  # all of them, if gptlab trained it
         if len(self.special_tokens) < 4:
             raise ValueError(f"ids 0 to 3 of this model are {names[:4]}, and must be {list(SPECIAL_TOKENS[:4])}")
+        self._ids = encoder(sp, is_bpe=self.settings.get("model_type") == "bpe")
         self._id_of_byte = {int(names[i][1:-1], 16): i for i in range(n) if sp.is_byte(i)}
         self.spelling_ids = frozenset([UNK_ID, *self._id_of_byte.values()])
         self._bytes_of_id = [b"" if i in special else names[i].replace(SPACE, " ").encode() for i in range(n)]
@@ -369,15 +372,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str | bytes) -> np.ndarray:
         text = as_text(text)
-        if not _NEEDS_BYTES.search(text):
-            return np.fromiter(chain.from_iterable(map(self._processor.encode, chunks(text))), dtype=np.int32)
+        if text.isascii() or not _NEEDS_BYTES.search(text):
+            return np.fromiter(self._ids(text), dtype=np.int32)
         ids: list[int] = []
-        for chunk in chunks(text):
-            for i, part in enumerate(_NEEDS_BYTES.split(chunk)):
-                if i % 2:  # split() with a group puts what it matched at the odd places
-                    ids += [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
-                else:
-                    ids += self._processor.encode(part)
+        for i, part in enumerate(_NEEDS_BYTES.split(text)):
+            if i % 2:  # split() with a group puts what it matched at the odd places
+                ids += [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
+            else:
+                ids += self._ids(part)
         return np.array(ids, dtype=np.int32)
 
     def decode_bytes(self, ids) -> bytes:

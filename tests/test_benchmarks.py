@@ -1,14 +1,17 @@
 """Every benchmark runs at its smallest setting, without a network and without peers, and its table has figures."""
 
+import argparse
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY, prose
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py"))
-SHARED = {"turns", "bare", "trials", "goodput"}  # what scripts are made of
+SHARED = {"turns", "bare", "trials", "goodput", "encoders", "loaders"}  # what scripts are made of
 
 
 def run(name: str, *arguments: str) -> str:
@@ -107,13 +110,70 @@ def test_startup():
 
 @pytest.mark.slow
 def test_data():
-    output = run("data", "--megabytes=2", "--rounds=1", "--sizes", "2", "--kills=2")
+    output = run(
+        "data", "--only", "speed", "memory", "kills", "--megabytes=2", "--rounds=1", "--sizes", "2", "--kills=2"
+    )
     speed, memory = tables(output)
     assert number(speed["0 processes"][1]) == 1
     assert number(speed["0 processes"][0]) > 0.1
     assert number(memory["2"][0]) > number(memory["2"][1]) > 100
     assert "2 builds of 2 MB killed" in output
     assert output.rstrip().endswith("the bytes are the same")
+
+
+@pytest.mark.slow
+def test_data_by_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(prose(4000) + inspect.getsource(argparse))
+    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path))
+    options = ("--megabytes=0.5", "--pieces=600", "--rounds=1", "--kinds", "BPE", "tiktoken", "byte")
+    own, libraries = tables(run("data", "--only", "tokenizers", *options))
+    assert [number(cells[0]) for cells in own.values()] == [600, 600, 269]
+    assert number(own["byte"][1]) == 1 < number(own["tiktoken"][1])
+    for cells in own.values():
+        assert number(cells[2]) > number(cells[4]) > 0  # starting processes takes longer than this text
+    assert list(libraries) == ["`sentencepiece`, `encode(texts)`, BPE", "`tiktoken`, `encode_ordinary_batch`, tiktoken"]
+    assert all(number(cells[0]) > 0 for cells in libraries.values())
+
+
+def test_ids_that_a_library_gives_otherwise_end_the_comparison(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import encoders
+
+    (tmp_path / "text.txt").write_text(inspect.getsource(argparse))
+    monkeypatch.setenv("GPTLAB_DATA_DIR", str(tmp_path))
+    comparison = encoders.Comparison(tmp_path / "own", ["tiktoken"], 0.01, 600, build=None)
+    ways = dict(comparison.contenders())
+    assert list(ways) == ["tiktoken: alone", "tiktoken: 0", "tiktoken: 2", "tiktoken: 1 threads", "tiktoken: 2 threads"]
+    monkeypatch.setattr(encoders, "alone", lambda *task: {"seconds": 1.0, "tokens": 7 if task[2] is None else 8})
+    ways["tiktoken: alone"]()
+    with pytest.raises(RuntimeError, match="tiktoken: 8 tokens by tiktoken, 7 by gptlab"):
+        ways["tiktoken: 2 threads"]()
+
+
+def test_data_by_loader():
+    (table,) = tables(run("data", "--only", "loaders", "--tokens=500000", "--batches=5", "--rounds=1"))
+    assert next(iter(table)) == "random slices of `np.memmap`"
+    assert number(table["random slices of `np.memmap`"][2]) == 1
+    windows, us, _ = table["gptlab's `WindowLoader`"]
+    assert number(windows) == pytest.approx(32e6 / number(us), rel=0.1)
+
+
+def test_loaders_give_the_same_windows_and_say_when_there_are_too_few(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import loaders
+
+    file = loaders.write_tokens(tmp_path / "tokens.bin", 2**20 + 7)
+    assert len(file) == len(file[:]) == 2**20 + 7
+    slices = loaders.Slices(file.path)
+    windows = loaders.WindowDataset(file, loaders.BLOCK, loaders.BLOCK)
+    assert len(slices) == len(windows)
+    for index in (0, 5, len(slices) - 1):
+        for name, values in slices[index].items():
+            assert torch.equal(values, windows[index][name])
+    batch = next(loaders.random_slices(file.path))
+    assert torch.equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    with pytest.raises(ValueError, match="64 windows were asked for, and an epoch has 32 left: raise --tokens"):
+        loaders.seconds_a_window([batch] * (loaders.WARM + 1), 2)
 
 
 @pytest.mark.slow

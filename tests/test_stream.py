@@ -20,7 +20,7 @@ from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading
-from gptlab.data.shards import Copies, shards_of
+from gptlab.data.listed import Copies, text_files
 from gptlab.data.stream import Place, StreamLoader, Text
 from gptlab.data.tokens import prepare
 from gptlab.data.windows import TrainingOrder, WindowDataset
@@ -56,7 +56,7 @@ def loaders():
     ):
         settings = {"block_size": T, "buffer": 7, "readers": 1, "seed": 1, "tokenizer": ByteTokenizer()}
         source = changes.pop("source", None) or Files(str(files))
-        text = Text(shards_of(str(files)), source, cache=Path("cache"), **(settings | changes))
+        text = Text(text_files(str(files)), source, cache=Path("cache"), **(settings | changes))
         order = TrainingOrder(epoch_windows, batch_size, accumulate, text.seed, rank, world)
         loader = StreamLoader(text, order, pin_memory=False)
         made.append(loader)
@@ -136,7 +136,7 @@ def test_windows_are_shuffled_within_their_block_and_otherwise_each_time(folder,
     assert not np.array_equal(mixed[:20], other[:20])
 
 
-def test_readers_share_the_shards_of_each_turn_and_alternate(folder, loaders):
+def test_readers_share_the_text_files_each_turn_and_alternate(folder, loaders):
     windows = np.concatenate(epochs(loaders(f"{folder}/*.jsonl", buffer=1, readers=2, epoch_windows=600), 1))
     turns = []
     for reader in range(2):
@@ -406,20 +406,28 @@ def test_shards_by_url_are_copied_one_after_another_and_removed(folder, elsewher
     seen, found = [], set()
     for batch in loader:
         seen.append(rows(batch))
-        found.add(len(list(Path("cache/shards").glob("*/*.jsonl"))))
+        found.add(len(list(Path("cache/copies").glob("*/*.jsonl"))))
     assert np.array_equal(np.concatenate(seen), here)
     assert max(found) <= 2  # the one that is read, and the next
     loader.close()
-    assert list(Path("cache/shards").glob("*/")) == []
+    assert [path.name for path in Path("cache/copies").iterdir()] == ["guard"]
+
+
+def test_a_file_elsewhere_that_changes_while_the_run_goes_on_is_refused(elsewhere, loaders):
+    loader = loaders(elsewhere)
+    for number in range(SHARDS):
+        fsspec.filesystem("memory").pipe(f"/shards/{number}.jsonl", b'{"text": "other"}')
+    with pytest.raises(ValueError, match=r"memory://.* had \d+ bytes when the run began, and now has 17"):
+        epochs(loader, 1)
 
 
 def test_copies_that_a_killed_process_has_left_are_removed_by_the_next(elsewhere, loaders):
-    left = Path("cache/shards/1-killed")
+    left = Path("cache/copies/1-killed")
     left.mkdir(parents=True)
     (left / "0.jsonl").write_text("{}")
-    Path("cache/shards/1-killed.lock").touch()
+    Path("cache/copies/1-killed.lock").touch()
     used = Copies(Path("cache"))
-    shard = shards_of(elsewhere)[0]
+    shard = text_files(elsewhere)[0]
     own = used.get(shard)
     assert not left.exists()
     other = Copies(Path("cache"))
@@ -432,12 +440,12 @@ def test_copies_that_a_killed_process_has_left_are_removed_by_the_next(elsewhere
 
 def test_shards_are_known_by_name_size_and_version(folder, elsewhere):
     system = fsspec.filesystem("memory")
-    before = shards_of(elsewhere)
+    before = text_files(elsewhere)
     assert [shard.place for shard in before] == [f"memory:///shards/{number}.jsonl" for number in range(SHARDS)]
     assert [shard.size for shard in before] == [path.stat().st_size for path in sorted(folder.glob("*.jsonl"))]
-    assert shards_of(elsewhere) == before
+    assert text_files(elsewhere) == before
     system.pipe("/shards/3.jsonl", system.cat("/shards/3.jsonl"))
-    assert [a == b for a, b in zip(before, shards_of(elsewhere), strict=True)] == [True] * 3 + [False, True]
+    assert [a == b for a, b in zip(before, text_files(elsewhere), strict=True)] == [True] * 3 + [False, True]
 
 
 @pytest.mark.parametrize(
@@ -451,14 +459,14 @@ def test_shards_are_known_by_name_size_and_version(folder, elsewhere):
 )
 def test_shards_that_are_not_there_are_said(files, says):
     with pytest.raises(ValueError, match=says):
-        shards_of(files)
+        text_files(files)
 
 
 def test_a_shard_that_is_named_twice_is_refused(folder, elsewhere):
     with pytest.raises(ValueError, match="named twice"):
-        shards_of([f"{folder}/1.jsonl", f"{folder}/*.jsonl"])
+        text_files([f"{folder}/1.jsonl", f"{folder}/*.jsonl"])
     with pytest.raises(ValueError, match="named twice"):
-        shards_of(["memory://shards/1.jsonl", elsewhere])
+        text_files(["memory://shards/1.jsonl", elsewhere])
 
 
 def test_a_place_is_plain_numbers():

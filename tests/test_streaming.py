@@ -218,7 +218,7 @@ def stream(files: tuple[str, ...], **changes) -> StreamDataModule:
 
 
 def test_a_tokenizer_learns_from_a_bounded_sample_of_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("gptlab.data.shards.SAMPLED_SHARDS", 4)
+    monkeypatch.setattr("gptlab.data.listed.SAMPLED_FILES", 4)
     files = write_shards(tmp_path / "many", shards=10)
     data = stream(files, sample_bytes=400)
     texts = [document.text for document in data.sample.documents()]
@@ -257,5 +257,5 @@ def test_files_read_in_another_way_are_other_data(files):
     one, other = stream(files), stream(files, min_characters=20)
     for data in (one, other):
         data.prepare_data()
-    assert one.shards == other.shards
+    assert one.files == other.files
     assert one.fingerprint != other.fingerprint

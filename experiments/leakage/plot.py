@@ -89,7 +89,7 @@ def draw(found: list[dict[str, str]]) -> None:
         print(row(label, arm, seeds))
     axes[0].set(title="what the runs say: val/loss", ylabel="nats a character", xlabel="optimizer step")
     axes[1].set(title="the same networks on the next 12,000 characters", xlabel="optimizer step")
-    axes[0].legend(frameon=False, fontsize=8, loc=(0.42, 0.2))
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -19,9 +19,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from gptlab.data.corpus import Source
+from gptlab.data.listed import Nothing
 from gptlab.data.module import DataConfig, TextDataModule, data_rank, tensor_ranks
 from gptlab.data.remote import content_of, is_remote
-from gptlab.data.shards import Nothing
 from gptlab.data.streaming import StreamedDataModule, faults_of_any_stream
 from gptlab.data.windows import TrainingOrder
 from gptlab.tokenizer import Tokenizer, load_tokenizer

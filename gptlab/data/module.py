@@ -15,9 +15,11 @@ from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
 from gptlab.data.mixture import Mixture
 from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader
+from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, windows_in
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
+
+Windows = WindowDataset | JoinedWindows
 
 
 @dataclass
@@ -29,6 +31,8 @@ class DataConfig:
     files: Any = None  # your own text: a path, glob or URL, or a list of them
     mix: Any = None  # several sources by weight, '{pydocs: 3, code: 1}': words of data, or texts of their own
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
+    tokens: Any = None  # text that is token ids already: .bin with its sidecar, or .npy; goes with tokenizer.path
+    validation_tokens: Any = None  # held-out ids; null: a share of data.tokens is held out
     validation_fraction: float = 0.1  # that share, cut off before windows are made
     documents: str = "auto"  # auto | file | line | separator | field: what is one document of data.files
     separator: str | None = None  # the line that stands between two documents; null: none does
@@ -100,8 +104,8 @@ class TextDataModule(LightningDataModule):
         assert isinstance(self.prepared, Prepared)
         self.train_windows, self.validation_windows = self.windows_of(self.prepared, self.config)
 
-    def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[WindowDataset, WindowDataset]:
-        train = WindowDataset(prepared.train, self.block_size, self.stride)
+    def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[Windows, Windows]:
+        train = windows_in(prepared.train, self.block_size, self.stride)
         if not len(train):
             raise ValueError(
                 f"the training split{of} has {len(prepared.train):,} tokens and one window of "
@@ -109,8 +113,8 @@ class TextDataModule(LightningDataModule):
             )
         return train, self.held_out_of(prepared, config, of)
 
-    def held_out_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> WindowDataset:
-        validation = WindowDataset(prepared.validation, self.block_size, self.block_size, keep_tail=True)
+    def held_out_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> Windows:
+        validation = windows_in(prepared.validation, self.block_size, self.block_size, keep_tail=True)
         if not len(validation):
             raise ValueError(
                 f"the validation split{of} has {len(prepared.validation)} tokens and needs at least 2: raise "
@@ -169,7 +173,7 @@ class TextDataModule(LightningDataModule):
         order = ScoringOrder(len(windows), self.config.batch_size, *data_rank(trainer))
         return self._loader(windows, order)
 
-    def _loader(self, windows: WindowDataset | JoinedWindows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
+    def _loader(self, windows: Windows, order: TrainingOrder | ScoringOrder) -> WindowLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return WindowLoader(windows, order, self.config.num_workers, pin_memory=on_gpu)
@@ -271,7 +275,24 @@ def check(config: DataConfig) -> None:
         )
         if value is not None and value < least
     ]
+    faults += said_of_other_data(config)
     if not 0 < config.validation_fraction < 1:
         faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+OF_TEXT = ("files", "mix", "validation_files", "documents", "separator", "field", "strip_gutenberg")
+OF_TEXT += ("normalize", "min_characters", "deduplicate")
+
+
+def said_of_other_data(config: DataConfig) -> list[str]:
+    """What is said of text where ids are named, and of ids where there are none."""
+    if config.tokens is None:
+        said = f"data.validation_tokens={config.validation_tokens} goes with data.tokens, which is not given"
+        return [said] * (config.validation_tokens is not None)
+    given = {name: getattr(config, name) for name in OF_TEXT if getattr(config, name) != getattr(DataConfig, name)}
+    return [
+        f"data.{name}={value} is of text, and data.tokens={config.tokens} is ids already: leave one of them out"
+        for name, value in given.items()
+    ]

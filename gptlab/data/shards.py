@@ -1,198 +1,179 @@
-"""Shards: the files of a text that is too large to be hashed or kept here, known by name, size and date."""
+"""Files of token ids that are there already, mapped where they lie; docs/tokens.md is the specification of a shard."""
 
-import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import starmap
+import glob
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from threading import Event
-from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from gptlab.data.corpus import Files, Source
-from gptlab.data.document import Document
-from gptlab.data.remote import copy, is_remote, listed, name_of
-from gptlab.data.windows import permute
-from gptlab.files import sha256_of_file
+from gptlab.data.tokens import TokenFile
+from gptlab.files import sync
+from gptlab.run import write_json
+from gptlab.tokenizer import EOS_ID
 
-SAMPLED_SHARDS = 16  # from which a tokenizer's sample is read, in equal parts
+log = logging.getLogger(__name__)
+
+SHARD_FORMAT = 1
+DTYPES = {"<u2": 2**16, "<u4": 2**32}  # and how many ids each can hold
+ENDINGS = (".bin", ".npy")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What `<name>.bin.json` says of `<name>.bin`. Raises ValueError, naming the field, for what cannot be."""
+
+    dtype: str  # "<u2" or "<u4"
+    tokens: int  # ids in the file, ends of documents included
+    documents: int  # how many of them are eos_id
+    vocab_size: int  # of the tokenizer: every id is less
+    sha256: str  # of the .bin file's bytes
+    eos_id: int = EOS_ID  # stands after each document
+    bytes: int | None = None  # of the text in UTF-8, where that is known
+    tokenizer_fingerprint: str | None = None  # of the gptlab tokenizer that made the ids, if one did
+
+    def __post_init__(self):
+        for name in ("tokens", "documents", "vocab_size", "eos_id", "bytes"):
+            value, may_miss = getattr(self, name), name == "bytes"
+            if not ((type(value) is int and value >= 0) or (value is None and may_miss)):
+                raise ValueError(f"{name}={value!r} must be a whole number from 0 on")
+        for name in ("sha256", "tokenizer_fingerprint"):
+            value, may_miss = getattr(self, name), name == "tokenizer_fingerprint"
+            if not ((isinstance(value, str) and SHA256.fullmatch(value)) or (value is None and may_miss)):
+                raise ValueError(f"{name}={value!r} must be 64 hexadecimal digits, in small letters")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.vocab_size > DTYPES[self.dtype]:
+            raise ValueError(f"vocab_size={self.vocab_size} does not fit dtype={self.dtype!r}")
+        if self.eos_id != EOS_ID:
+            raise ValueError(
+                f"eos_id={self.eos_id}, where every tokenizer of gptlab ends documents with {EOS_ID}: write the ids "
+                "with one of those (tokenizer.path reads those of other libraries)"
+            )
+
+
+def sidecar_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def write_sidecar(path: Path, sidecar: Sidecar) -> None:
+    """Make the shard at `path`, whose ids are all written, count: from now on it is whole, whatever happens."""
+    sync(path)
+    write_json(sidecar_path(path), {"format": SHARD_FORMAT} | asdict(sidecar))
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """What stands beside the shard at `path`. Raises ValueError, naming the file, where that is no sidecar."""
+    file = sidecar_path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != SHARD_FORMAT:
+            raise ValueError(f"format {content['format']!r}, where this gptlab reads {SHARD_FORMAT}")
+        known = [field.name for field in fields(Sidecar)]
+        return Sidecar(**{name: content[name] for name in known if name in content})
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} has no sidecar {file.name}, which is written last: the shard is unfinished, or it was left behind "
+            "(docs/tokens.md says what it holds)"
+        ) from error
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} is no sidecar of a shard ({said}); write it anew, or leave the shard out") from error
+
+
+class Ids(TokenFile):
+    """`n_tokens` ids of a file, from `first_byte` on, mapped when they are first read."""
+
+    def __init__(self, path: Path, dtype: str | np.dtype, n_tokens: int, first_byte: int = 0):
+        self.path, self.dtype = Path(path), np.dtype(dtype)
+        self.n_tokens, self.first_byte = n_tokens, first_byte
+
+    def part(self, start: int, stop: int) -> "Ids":
+        return Ids(self.path, self.dtype, stop - start, self.first_byte + start * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file by its path or URL. `version` is its date, or what else tells one content of it from the next."""
+    """A file of ids, and what its sidecar says; a .npy file has none."""
 
-    place: str
-    size: int
-    version: str
+    ids: Ids
+    sidecar: Sidecar | None = None
 
     @property
-    def identity(self) -> list:
-        """The same wherever the file lies."""
-        return [name_of(self.place), self.size, self.version]
+    def path(self) -> Path:
+        return self.ids.path
 
 
-def shards_of(files: str | Sequence[str]) -> list[Shard]:
-    """The shards that paths, globs and URLs name, none of them read. Raises ValueError where one is not there."""
-    patterns = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
-    found: dict[str, Shard] = {}
-    for pattern in patterns or Files([]).paths():  # which says that there is none
-        there = map(_local, Files(pattern).paths()) if not is_remote(pattern) else starmap(Shard, listed(pattern))
-        for shard in there:
-            if shard.place in found:
-                raise ValueError(f"data.files: {shard.place} is named twice; its text would count double: keep one")
-            found[shard.place] = shard
-    return list(found.values())
+def open_shards(files: str | Sequence[str], key: str = "data.tokens") -> list[Shard]:
+    """The shards that a path, a glob, or a list of them names, in that order; those of a glob by name.
 
-
-def _local(path: Path) -> Shard:
-    facts = path.stat()
-    return Shard(str(path.resolve()), facts.st_size, f"mtime {facts.st_mtime_ns}")
-
-
-def fingerprint_of(shards: Iterable[Shard]) -> str:
-    """Equal for the same files in the same order, wherever they lie, as far as name, size and date can tell."""
-    return hashlib.sha256(repr([shard.identity for shard in shards]).encode()).hexdigest()
-
-
-def refuse_overlap(shards: Iterable[Shard], held_out: Iterable[Path]) -> None:
-    """Raise ValueError where a held-out file is a shard too, or has all the bytes of one that lies here."""
-    by_size: dict[int, list[Shard]] = {}
-    for shard in shards:
-        by_size.setdefault(shard.size, []).append(shard)
-    for path in held_out:
-        for shard in by_size.get(path.stat().st_size, []):
-            if is_remote(shard.place):
-                continue
-            if str(path.resolve()) == shard.place or sha256_of_file(path) == sha256_of_file(Path(shard.place)):
-                raise ValueError(
-                    f"{path} is validation text, and the same as {shard.place}, which is training text: leave it out "
-                    "of one of them"
-                )
-
-
-class Copies:
-    """Shards as local files, one after another. What lies elsewhere is copied, and removed when it has been read.
-
-    What a process that was killed has left is removed by the next one. One reader uses this, and its own thread.
+    Their sidecars and sizes are checked, not the ids. A glob passes over what is unfinished or no shard, and a shard
+    without ids is left out. Raises ValueError, naming `key` or the file, for anything else that cannot be used.
     """
-
-    def __init__(self, cache: Path):
-        self.root = Path(cache) / "shards"
-        self._folder: Path | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
-        self._under_way: dict[Shard, Future[Path]] = {}
-        self._closed = Event()
-
-    def begin(self, shard: Shard) -> None:
-        """Start copying a shard that will be needed, while another one is read."""
-        if is_remote(shard.place) and shard not in self._under_way:
-            self._under_way[shard] = self._pool.submit(self._copied, shard)
-
-    def get(self, shard: Shard) -> Path:
-        """The shard's file, which is here. Raises ValueError where it is not the one that it was."""
-        if is_remote(shard.place):
-            self.begin(shard)
-            return self._under_way[shard].result()
-        path = Path(shard.place)
-        now = _local(path) if path.is_file() else None
-        if now != shard:
-            raise ValueError(
-                f"{path} was {shard.size} bytes of {shard.version} when the run began, and now is "
-                f"{'not there' if now is None else f'{now.size} bytes of {now.version}'}: put it back as it was"
-            )
-        return path
-
-    def drop(self, shard: Shard) -> None:
-        """Remove the copy of a shard that has been read."""
-        if (copied := self._under_way.pop(shard, None)) is not None:
-            copied.result().unlink()
-
-    def _copied(self, shard: Shard) -> Path:
-        folder = self._folder = self._folder or self._new_folder()
-        own = hashlib.sha256(shard.place.encode()).hexdigest()[:16]
-        target = folder / f"{own}-{name_of(shard.place)}"  # the end of the name says how it is to be read
-        copy(shard.place, target, self._closed.is_set)
-        return target
-
-    def _new_folder(self) -> Path:
-        """A folder that is locked as long as this process lives; those that are no longer locked are removed."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / "guard"):
-            for path in self.root.glob("*.lock"):
-                with suppress(Timeout), FileLock(path, timeout=0):
-                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                    path.unlink()
-            folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self.root))
-            self._lock = FileLock(folder.with_suffix(".lock"), thread_local=False)
-            self._lock.acquire()
-        return folder
-
-    def close(self) -> None:
-        """Stop copying, and remove all copies."""
-        self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._lock.release()
-            self._folder = None
+    found: dict[Path, str] = {}  # resolved path -> the pattern that gave it
+    shards = []
+    for pattern in [files] if isinstance(files, str) else files:
+        for path in _expand(str(pattern), key):
+            if known := found.get(path.resolve()):
+                raise ValueError(
+                    f"{key}: {path} is named twice, by {known!r} and {pattern!r}; its ids would count double: keep one"
+                )
+            found[path.resolve()] = str(pattern)
+            shards.append(_open(path))
+    if not (shards := [shard for shard in shards if len(shard.ids)]):
+        raise ValueError(f"{key}={files!r} holds no ids; name files that do")
+    return shards
 
 
-class Nothing(Source):
-    """No text: all that is prepared of one that is read only while training."""
+def _expand(pattern: str, key: str) -> list[Path]:
+    if "://" in pattern:
+        raise ValueError(f"{key}={pattern!r}: ids are mapped where they lie; copy the files to a disk of this machine")
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{key}={pattern!r} is a folder; name the shards in it: '{path}/*.bin'")
+    if path.is_file():  # also where its name holds glob characters
+        if path.suffix not in ENDINGS:
+            raise ValueError(f"{key}={pattern!r} is no file of ids; these end in {' or '.join(ENDINGS)}")
+        return [path]
+    if not glob.has_magic(pattern):
+        raise ValueError(f"{key}={pattern!r}: there is no such file here in {Path.cwd()}; check the path")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    matches = [match for match in matches if match.suffix in ENDINGS and match.is_file()]
+    whole = [match for match in matches if match.suffix != ".bin" or sidecar_path(match).is_file()]
+    if passed_over := sorted(set(matches) - set(whole)):
+        names = ", ".join(path.name for path in passed_over[:3])
+        log.warning("passed over: %d shards without a sidecar, unfinished (%s)", len(passed_over), names)
+    if not whole:
+        found = f"only {len(matches)} without their sidecars" if matches else "no .bin or .npy file"
+        raise ValueError(f"{key}={pattern!r} matches {found}, here in {Path.cwd()}; check the folder and the ending")
+    return whole
 
-    def paths(self) -> list[Path]:
-        return []
 
-    def read(self, path: Path) -> Iterator[Document]:
-        return iter(())
+def _open(path: Path) -> Shard:
+    if path.suffix == ".npy":
+        return Shard(_open_npy(path))
+    sidecar = read_sidecar(path)
+    size, expected = path.stat().st_size, sidecar.tokens * np.dtype(sidecar.dtype).itemsize
+    if size != expected:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and by its sidecar {sidecar.tokens:,} tokens, which take {expected:,}: it is "
+            "truncated, or the sidecar is of another file; write both anew, or leave the shard out"
+        )
+    return Shard(Ids(path, sidecar.dtype, sidecar.tokens), sidecar)
 
 
-class Sample(Source):
-    """The beginnings of some shards, `max_bytes` in all, from which a tokenizer learns; nothing else is read."""
-
-    def __init__(self, files: Any, source: Source, max_bytes: int, cache: Path):
-        self.files, self.source, self.max_bytes, self.cache = files, source, max_bytes, cache
-
-    @cached_property
-    def shards(self) -> list[Shard]:
-        return shards_of(self.files)
-
-    def paths(self) -> list[Path]:
-        return []
-
-    def read(self, path: Path) -> Iterator[Document]:
-        return self.source.read(path)
-
-    def documents(self) -> Iterator[Document]:
-        """Of shards drawn by lot, an equal part of each; what one has too little of, the others may give."""
-        drawn = [self.shards[i] for i in permute(np.arange(len(self.shards)), len(self.shards), "sample")]
-        drawn, left = drawn[:SAMPLED_SHARDS], self.max_bytes
-        copies = Copies(self.cache)
-        try:
-            for index, shard in enumerate(drawn):
-                until = left - left // (len(drawn) - index)
-                for document in self.read(copies.get(shard)):
-                    yield document
-                    left -= len(document.text.encode("utf-8", "surrogatepass"))
-                    if left <= until:
-                        break
-                copies.drop(shard)
-        finally:
-            copies.close()
-
-    @property
-    def kinds(self) -> list[type]:
-        return [Sample, *self.source.kinds]
-
-    @property
-    def settings(self) -> dict:
-        return {"shards": fingerprint_of(self.shards), "bytes": self.max_bytes, "source": self.source.settings}
+def _open_npy(path: Path) -> Ids:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects, and archives, which np.load opens
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of ids, or a damaged one ({error})") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path} holds an array of {array.dtype} in {array.ndim} dimensions; ids are one row of whole numbers: "
+            "np.save('ids.npy', ids.reshape(-1).astype('uint16'))"
+        )
+    return Ids(path, array.dtype, array.size, array.offset)

@@ -1,9 +1,9 @@
 """Text that is read, tokenized, cut and shuffled while a network trains on it: nothing of it is kept on the disk.
 
-Readers read the shards, each those that fall to it in an order that another pass over the text has again, and join
-their documents by end-of-text tokens to a run of tokens without an end. Windows of T + 1 tokens are cut from it, T
-apart, and shuffled in blocks. Window w of the stream is window w // R of reader w % R, for R readers: so it does not
-depend on the number of ranks, and a position is a number, with the places where a few blocks begin.
+Readers share the files, in another order each turn through them, and join their documents by end-of-text tokens to a
+run of tokens without an end. Windows of T + 1 tokens are cut from it, T apart, and shuffled in blocks. Of R readers,
+window w of the stream is window w // R of reader w % R. So it does not depend on the number of ranks, and a position is
+a number, with the place for each reader where the block of its next window begins.
 
 Shapes: B batch, T time (block_size).
 """
@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 from gptlab.data.corpus import Source
-from gptlab.data.shards import Copies, Shard
+from gptlab.data.listed import Copies, TextFile
 from gptlab.data.windows import TrainingOrder, permute
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
 
 class Place(NamedTuple):
-    """Where a token stands for a reader: `token` in `piece` of its `shard`-th shard of a `turn` through the text.
+    """Where a token stands for a reader: `token` in `piece` of the `file`-th that is its own in a `turn`.
 
     A piece is a document, or one of the parts in which a large one comes; its end-of-text token counts as its last.
     """
 
     turn: int = 0
-    shard: int = 0
+    file: int = 0
     piece: int = 0
     token: int = 0
 
@@ -51,14 +51,14 @@ class Block(NamedTuple):
 class Text:
     """What is read, and how it is cut and shuffled."""
 
-    shards: list[Shard]
-    source: Source  # whose `read` makes documents of a shard's file
+    files: list[TextFile]
+    source: Source  # whose `read` makes documents of a file
     tokenizer: Tokenizer
     block_size: int
     buffer: int  # windows of a block
     readers: int
     seed: int
-    cache: Path  # where shards that lie elsewhere are copied to, one after another
+    cache: Path  # where files that lie elsewhere are copied to, one after another
 
 
 class Reader:
@@ -109,9 +109,9 @@ class Reader:
         turn, at, skipped, token = place
         encode = self.text.tokenizer.encode
         while True:
-            shards, found = self._shards(turn), at > 0 or skipped > 0
-            for index in range(at, len(shards)):
-                for piece, (content, ends) in enumerate(self._read(shards, index, skipped), skipped):
+            files, found = self._files(turn), at > 0 or skipped > 0
+            for index in range(at, len(files)):
+                for piece, (content, ends) in enumerate(self._read(files, index, skipped), skipped):
                     if self._closed.is_set():
                         raise CancelledError
                     ids = np.append(encode(content), EOS_ID) if ends else encode(content)
@@ -121,28 +121,28 @@ class Reader:
                 skipped = 0
             if not found:
                 raise ValueError(
-                    f"data.files: no text in {len(shards)} files; look at data.min_characters and data.field"
+                    f"data.files: no text in {len(files)} files; look at data.min_characters and data.field"
                 )
             turn, at = turn + 1, 0
 
-    def _shards(self, turn: int) -> list[Shard]:
+    def _files(self, turn: int) -> list[TextFile]:
         """Those of this reader: every R-th of all, in the order of this turn; of what R leaves over, in turns too."""
-        shards, readers = self.text.shards, self.text.readers
-        order = permute(np.arange(len(shards)), len(shards), f"{self.text.seed}/shards/{turn}")
-        return [shards[i] for i in order[(self.number + turn) % readers :: readers]]
+        files, readers = self.text.files, self.text.readers
+        order = permute(np.arange(len(files)), len(files), f"{self.text.seed}/files/{turn}")
+        return [files[i] for i in order[(self.number + turn) % readers :: readers]]
 
-    def _read(self, shards: list[Shard], index: int, skipped: int) -> Iterator[tuple[str, bool]]:
-        """The pieces of a shard, each with whether its document ends there, while the next shard is fetched."""
-        shard = shards[index]
-        path = self._copies.get(shard)
-        if index + 1 < len(shards):
-            self._copies.begin(shards[index + 1])
+    def _read(self, files: list[TextFile], index: int, skipped: int) -> Iterator[tuple[str, bool]]:
+        """The pieces of a file, each with whether its document ends there, while the next file is fetched."""
+        file = files[index]
+        path = self._copies.get(file)
+        if index + 1 < len(files):
+            self._copies.begin(files[index + 1])
         try:
             with closing(self.text.source.read(path)) as documents:
                 yield from ((document.text, document.ends) for document in islice(documents, skipped, None))
         except ValueError as error:
-            raise ValueError(str(error).replace(str(path), shard.place)) from error
-        self._copies.drop(shard)
+            raise ValueError(str(error).replace(str(path), file.place)) from error
+        self._copies.drop(file)
 
 
 class StreamLoader:

@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 
 from gptlab.data.changes import differences
 from gptlab.data.corpus import Source
+from gptlab.data.listed import Nothing, Sample, TextFile, fingerprint_of, refuse_overlap
 from gptlab.data.module import DataConfig, TextDataModule, data_rank, text_source, validation_source
-from gptlab.data.shards import Nothing, Sample, Shard, fingerprint_of, refuse_overlap
 from gptlab.data.stream import StreamLoader, Text
 from gptlab.data.tokens import Prepared, SplitText, encoded, tokenizer_for
 from gptlab.data.windows import JoinedWindows, TrainingOrder, WindowDataset
@@ -155,37 +155,37 @@ class StreamDataModule(StreamedDataModule):
         return {"": self.sample}
 
     @property
-    def shards(self) -> list[Shard]:
-        return self.sample.shards
+    def files(self) -> list[TextFile]:
+        return self.sample.files
 
     def prepare_data(self) -> None:
-        """List the shards; build the tokenizer, of a sample of them, and validation's tokens, or find them."""
+        """List the files; build the tokenizer, of a sample of them, and validation's tokens, or find them."""
         if self.prepared is not None:
             return
-        if self.stream.readers > len(self.shards):
+        if self.stream.readers > len(self.files):
             raise ValueError(
-                f"data.stream.readers={self.stream.readers}, and data.files names {len(self.shards)} files: a reader "
+                f"data.stream.readers={self.stream.readers}, and data.files names {len(self.files)} files: a reader "
                 "takes at least one: lower it, or divide the text into more files"
             )
         held_out = validation_source(self.config)
         assert held_out is not None
-        refuse_overlap(self.shards, held_out.paths())
+        refuse_overlap(self.files, held_out.paths())
         learnt_from = self.tokenizer_source or self.sample
         self.prepared = self.prepare_held_out(tokenizer_for([], self.build_tokenizer, self.cache, learnt_from))
-        write_json(self._record(self.fingerprint), [shard.identity for shard in self.shards])
+        write_json(self._record(self.fingerprint), [file.identity for file in self.files])
 
     def _record(self, fingerprint: str) -> Path:
         return self.cache / "streams" / f"{fingerprint[:24]}.json"
 
     def training_identity(self) -> list[str]:
-        return [fingerprint_of(self.shards), json.dumps(self.text.settings, sort_keys=True)]
+        return [fingerprint_of(self.files), json.dumps(self.text.settings, sort_keys=True)]
 
     def files_that_differ(self, fingerprint: str) -> str:
         try:
             then = json.loads(self._record(fingerprint).read_text(encoding="utf-8"))
             return differences(
                 [(name, f"{size} {version}") for name, size, version in then],
-                [(name, f"{size} {version}") for name, size, version in (shard.identity for shard in self.shards)],
+                [(name, f"{size} {version}") for name, size, version in (file.identity for file in self.files)],
             )
         except (OSError, ValueError, TypeError):
             return ""
@@ -205,12 +205,12 @@ class StreamDataModule(StreamedDataModule):
         return TrainingOrder(windows, self.config.batch_size, accumulate, self.seed, rank, world)
 
     def describe_training(self) -> str:
-        return f"training text of {len(self.shards):,} files, {size_of(self.shards)} as they lie"
+        return f"training text of {len(self.files):,} files, {size_of(self.files)} as they lie"
 
     def reading(self, order: TrainingOrder, pin_memory: bool) -> StreamLoader:
         stream = self.stream
         text = Text(
-            self.shards,
+            self.files,
             self.text,
             self.tokenizer,
             block_size=self.block_size,
@@ -224,9 +224,11 @@ class StreamDataModule(StreamedDataModule):
 
 def faults_of_any_stream(config: DataConfig, word: str) -> list[str]:
     """What is wrong in a config where `data=<word>` reads the training text while training."""
-    faults = []
-    if config.mix is not None:
-        faults.append(f"data.mix is of texts that are prepared before training: leave it out, or data={word}")
+    faults = [
+        f"data.{name} is of texts that are prepared before training: leave it out, or data={word}"
+        for name in ("mix", "tokens", "validation_tokens")
+        if getattr(config, name) is not None
+    ]
     if config.validation_files is None:
         faults.append(
             f"data={word} needs data.validation_files: a share of a text can only be held out by reading all of it "
@@ -237,8 +239,8 @@ def faults_of_any_stream(config: DataConfig, word: str) -> list[str]:
     return faults
 
 
-def size_of(shards: list[Shard]) -> str:
-    size, unit = float(sum(shard.size for shard in shards)), "bytes"
+def size_of(files: list[TextFile]) -> str:
+    size, unit = float(sum(file.size for file in files)), "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if size >= 1000:
             size, unit = size / 1000, larger

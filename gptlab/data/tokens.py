@@ -34,13 +34,16 @@ from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it when the same text would give other files
+FORMAT = 4  # raise it when the same text would give other files
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
+BLOCK_BYTES = 2**23  # read at a time by who reads all
 T = TypeVar("T")
 
 
 class TokenFile:
     """The ids in a file, mapped into memory: slicing reads only what is asked for, and workers share the pages."""
+
+    first_byte = 0  # where in the file they begin
 
     def __init__(self, path: Path, dtype: str, n_tokens: int):
         self.path = Path(path)
@@ -56,6 +59,26 @@ class TokenFile:
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
         return self.array[index]
 
+    @property
+    def parts(self) -> "list[TokenFile]":
+        """The runs of ids that windows are cut from, each by itself."""
+        return [self]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_tokens * self.dtype.itemsize
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """The ids from `start` to `stop` in order, as (place of the first, ids); read, not mapped."""
+        stop = self.n_tokens if stop is None else stop
+        while start < stop:
+            count = min(BLOCK_BYTES // self.dtype.itemsize, stop - start)
+            block = np.fromfile(self.path, self.dtype, count, offset=self.first_byte + start * self.dtype.itemsize)
+            if len(block) < count:
+                raise ValueError(f"{self.path} has become shorter while it was read: write it anew")
+            yield start, block
+            start += count
+
     @cached_property
     def array(self) -> np.ndarray:
         with open(self.path, "rb") as file:
@@ -63,10 +86,21 @@ class TokenFile:
         # Windows lie anywhere: what the system would read ahead, 128 KiB a window, is up to 100 times the wait for a
         # batch where the file is larger than what memory holds of it (benchmarks/scaling.py).
         pages.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(pages, self.dtype)  # a plain view: slicing np.memmap costs ten times as much
+        # a plain view: slicing np.memmap costs ten times as much
+        return np.frombuffer(pages, self.dtype, self.n_tokens, self.first_byte)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "array"}  # workers map the file anew
+
+
+class Joined:
+    """Runs of ids in several files as one side of the data; no window lies across two of them."""
+
+    def __init__(self, parts: list[TokenFile]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
 
 
 @dataclass(frozen=True)
@@ -74,8 +108,8 @@ class Prepared:
     """A source as tokens: what training, evaluation and the run record need to know of the data."""
 
     folder: Path
-    train: TokenFile
-    validation: TokenFile
+    train: TokenFile | Joined
+    validation: TokenFile | Joined
     tokenizer: Tokenizer
     meta: dict
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptlab.data.tokens import TokenFile
+from gptlab.data.tokens import Joined, TokenFile
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
@@ -96,6 +96,14 @@ class JoinedWindows(Dataset):
                     values
                 )
         return batch
+
+
+def windows_in(
+    tokens: TokenFile | Joined, block_size: int, stride: int, keep_tail: bool = False
+) -> WindowDataset | JoinedWindows:
+    """The windows of one side of the data, whether it is one file or several."""
+    parts = [WindowDataset(part, block_size, stride, keep_tail) for part in tokens.parts]
+    return parts[0] if len(parts) == 1 else JoinedWindows(parts)
 
 
 def report(splits: dict[str, dict[str, Any]], **windows: WindowDataset | JoinedWindows) -> dict[str, dict[str, Any]]:
