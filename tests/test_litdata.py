@@ -243,6 +243,12 @@ def test_what_cannot_be_is_said_before_a_step(folder, overrides, says):
     assert says in done.stderr
 
 
+def test_prepare_shows_validation(folder, tmp_path):
+    done = door("prepare", "data=litdata", *own(folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the tokenizer on" in done.stdout
+
+
 def test_the_tokenizer_is_the_one_that_made_the_tokens(folder, tmp_path):
     from gptlab.tokenizer import CharTokenizer
 

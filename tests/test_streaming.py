@@ -84,7 +84,7 @@ def test_what_a_run_says_of_text_that_nobody_counted(train, tmp_path, files, cap
     assert train(run, *STREAM, *files, "trainer.max_steps=4") == 0
     said = capsys.readouterr().out
     size = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.jsonl"))
-    assert f"training text of 5 files, {size / 1e3:.1f} kB as they lie, is read while training; 9" in said
+    assert f"training text of 5 files, {size / 1e3:.1f} kB as they lie, read while training; 9" in said
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["train_tokens"], result["epochs"]) == (4, 4 * 16 * 16, 1.0)
     assert result["val_loss"] is not None

@@ -19,8 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from gptlab.data.corpus import Source
-from gptlab.data.listed import Nothing
-from gptlab.data.module import DataConfig, TextDataModule, data_rank, tensor_ranks
+from gptlab.data.module import DataConfig, TextDataModule, data_rank, tensor_ranks, validation_source
 from gptlab.data.remote import content_of, is_remote
 from gptlab.data.streaming import StreamedDataModule, faults_of_any_stream
 from gptlab.data.windows import TrainingOrder
@@ -127,7 +126,10 @@ class LitDataModule(StreamedDataModule):
     stream: LitStream
 
     def named(self, source: Source | None) -> dict[str, Source]:
-        return {"": Nothing()}
+        """The held-out text, which is all there is of text."""
+        held_out = validation_source(self.config)
+        assert held_out is not None
+        return {"": held_out}
 
     def prepare_data(self) -> None:
         """Read the index; find the tokenizer; make validation's tokens, or find them."""
