@@ -152,6 +152,22 @@ def test_a_state_is_not_changed_by_going_on(folder):
     assert state == before
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_that_went_on_can_be_interrupted_again(folder, num_workers):
+    whole = epochs(loader(folder, num_workers=num_workers), 1)
+    state, done = None, 0
+    for more in (5, 1, 9, 17, 2):
+        going = loader(folder, num_workers=num_workers)
+        if state is not None:
+            going.load_state_dict(state)
+        batches = iter(going)
+        for batch in range(done, done + more + 1):  # one more than is processed
+            assert np.array_equal(rows(next(batches)), whole[batch])
+        done += more
+        going.progress = lambda done=done: done
+        state = json.loads(json.dumps(going.state_dict()))
+
+
 def test_reading_draws_nothing_from_torch(folder):
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     epochs(loader(folder), 1)

@@ -208,6 +208,22 @@ def test_resumed_from_every_position(folder, loaders, buffer, readers):
         resumed.close()
 
 
+def test_a_run_that_went_on_can_be_interrupted_again(folder, loaders):
+    options = {"buffer": 9, "readers": 2, "epoch_windows": 1000}
+    whole = epochs(loaders(f"{folder}/*.jsonl", **options), 1)
+    state, done = None, 0
+    for more in (5, 1, 30, 70, 2, 100):
+        going = loaders(f"{folder}/*.jsonl", **options)
+        if state is not None:
+            going.load_state_dict(state)
+        batches = iter(going)
+        for batch in range(done, done + more + 1):  # one more than is processed
+            assert np.array_equal(rows(next(batches)), whole[batch])
+        done += more
+        state = state_at(going, done)
+        going.close()
+
+
 def test_a_state_is_small_and_goes_on_with_other_ranks_and_batches(folder, loaders):
     options = {"readers": 1, "epoch_windows": 48}
     whole = epochs(loaders(f"{folder}/*.jsonl", 12, **options), 3)
