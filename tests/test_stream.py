@@ -328,6 +328,18 @@ def test_every_format_is_read_and_large_documents_in_parts(tmp_path, loaders, mo
     assert sorted(documents_of(windows)[:3]) == sorted(texts.values())
 
 
+def test_ids_past_16_bits_stay_whole(folder, loaders):
+    class Large(ByteTokenizer):
+        vocab_size = 2**17
+
+        def encode(self, text):
+            return super().encode(text) + 2**16
+
+    small, large = (epochs(loaders(f"{folder}/*.jsonl", tokenizer=kind), 1) for kind in (ByteTokenizer(), Large()))
+    for one, other in zip(small, large, strict=True):
+        assert np.array_equal(np.where(one == EOS_ID, one, one + 2**16), other)
+
+
 def test_documents_are_cleaned_as_they_come(tmp_path, loaders):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", "A\u030a" * 20)))
     source = Cleaned(Files(f"{tmp_path}/a.jsonl"), Cleaning("NFC", 10, None, 0.8))
@@ -435,6 +447,31 @@ def test_a_file_elsewhere_that_changes_while_the_run_goes_on_is_refused(elsewher
         fsspec.filesystem("memory").pipe(f"/shards/{number}.jsonl", b'{"text": "other"}')
     with pytest.raises(ValueError, match=r"memory://.* had \d+ bytes when the run began, and now has 17"):
         epochs(loader, 1)
+
+
+def test_a_copy_that_takes_long_is_not_waited_for_in_the_end(elsewhere, loaders, monkeypatch):
+    begun = threading.Event()
+
+    def slow(url, target, stopped):
+        begun.set()
+        while not stopped():
+            time.sleep(0.01)
+        raise InterruptedError
+
+    monkeypatch.setattr("gptlab.data.listed.copy", slow)
+    loader = loaders(elsewhere)
+
+    def ask():
+        with pytest.raises(OSError):
+            next(iter(loader))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(5)
+    start = time.monotonic()
+    loader.close()
+    asking.join()
+    assert time.monotonic() - start < 1
 
 
 def test_copies_that_a_killed_process_has_left_are_removed_by_the_next(elsewhere, loaders):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL, door, prose
+from conftest import REPOSITORY, SMALL, door, prose
 from test_ranks import KINDS, RUN, assert_close, lay_out
 from test_resume import assert_same_run, interrupted_at
 from trials import Trial, differences
@@ -189,6 +192,24 @@ def test_what_cannot_be_is_said_before_a_step(tmp_path, files, overrides, says):
     assert says in done.stderr
     assert len(done.stderr.splitlines()) <= 15
     assert not (tmp_path / "runs").exists()
+
+
+def test_litdata_that_is_not_installed_says_what_to_install(train, tmp_path, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "litdata", None)
+    own = ("data=litdata", "data.files=null", "data.stream.folder=tokens", files[1])
+    with pytest.raises(ValueError, match=r'data=litdata is not installed .* pip install "gptlab\[stream\]"'):
+        train(tmp_path / "run", *own)
+
+
+def test_the_page_s_command_runs(tmp_path):
+    page = (REPOSITORY / "docs/streaming.md").read_text()
+    (command,) = re.findall(r"^```sh\n(.*?)\n```", page, re.MULTILINE | re.DOTALL)
+    write_shards(tmp_path / "texts")
+    (tmp_path / "texts/held-out.txt").rename(tmp_path / "held-out.txt")
+    few = ("tokenizer=byte", "compile=false", "model.n_layer=1", "model.n_embd=16", "model.n_head=1")
+    done = door("train", *shlex.split(command)[3:], *few, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("run: ")
 
 
 @pytest.mark.parametrize("same", ["a shard", "a copy of one"])

@@ -80,9 +80,10 @@ class Reader:
             yield block
 
     def close(self) -> None:
+        """End the reading, and what is copied for it; nobody waits for a whole block or file."""
         self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
         self._copies.close()
+        self._pool.shutdown(cancel_futures=True)
 
     def _blocks(self, first: int, place: Place) -> Iterator[Block]:
         text, span = self.text, self.text.block_size
@@ -110,8 +111,10 @@ class Reader:
         encode = self.text.tokenizer.encode
         while True:
             files, found = self._files(turn), at > 0 or skipped > 0
+            following = [*files[1:], self._files(turn + 1)[0]]
             for index in range(at, len(files)):
-                for piece, (content, ends) in enumerate(self._read(files, index, skipped), skipped):
+                pieces = self._read(files[index], skipped, following[index])
+                for piece, (content, ends) in enumerate(pieces, skipped):
                     if self._closed.is_set():
                         raise CancelledError
                     ids = np.append(encode(content), EOS_ID) if ends else encode(content)
@@ -131,12 +134,10 @@ class Reader:
         order = permute(np.arange(len(files)), len(files), f"{self.text.seed}/files/{turn}")
         return [files[i] for i in order[(self.number + turn) % readers :: readers]]
 
-    def _read(self, files: list[TextFile], index: int, skipped: int) -> Iterator[tuple[str, bool]]:
-        """The pieces of a file, each with whether its document ends there, while the next file is fetched."""
-        file = files[index]
+    def _read(self, file: TextFile, skipped: int, following: TextFile) -> Iterator[tuple[str, bool]]:
+        """The pieces of a file, each with whether its document ends there, while the following file is fetched."""
         path = self._copies.get(file)
-        if index + 1 < len(files):
-            self._copies.begin(files[index + 1])
+        self._copies.begin(following)
         try:
             with closing(self.text.source.read(path)) as documents:
                 yield from ((document.text, document.ends) for document in islice(documents, skipped, None))
