@@ -3,8 +3,8 @@
 The text is Python's standard library over and over in JSON lines, each document with a number of its own in front.
 `speed` is tokens that a loader of one reader gives in a second of one core's time, by tokenizer, beside what the
 tokenizer alone encodes, document by document. `wait` trains on a stream and on the built files of the same text, in
-turns: tokens a second, and the share of its time that it waits for batches, by Lightning's own profiler. `memory` is
-the largest resident memory of a process that streams all of a text, which grows with the text or does not. `resume` is
+turns: tokens a second, and the share of its time that it waits for batches, by Lightning's own profiler, the first block
+of 256 windows with it. `memory` is the largest resident memory of a process that streams all of a text, which grows with the text or does not. `resume` is
 how long it takes to the first batch from the middle of a file.
 """
 
@@ -122,7 +122,7 @@ def share_waited(run_dir: str) -> float:
 def wait(folder: Path, megabytes: float, rounds: int, shapes: list[str], steps: int) -> None:
     files = write_shards(folder / "shards", megabytes)
     write_shards(folder / "held-out", 0.2, files=1)
-    ways = {"built": ("data.stride=BLOCK",), "stream": ("data=stream",)}
+    ways = {"built": ("data.stride=BLOCK",), "stream": ("data=stream", f"data.stream.buffer={BUFFER}")}
     rows = []
     for shape in shapes:
         keys = ()
