@@ -52,6 +52,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
         paths = {name: absolute(f"{key}.{name}", node[name]) for name in named}
         if "folders" in (source := node.get("source") or {}):
             paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
+        if "folder" in (stream := node.get("stream") or {}):
+            paths["stream"] = stream | {"folder": absolute(f"{key}.stream.folder", stream["folder"])}
         return node | paths
 
     data = with_paths("data", cfg["data"])
@@ -91,6 +93,8 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
 
 def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:
     """Which data module the config calls for; a checkpoint has its state under the name of the class."""
+    if (stream := config.make(cfg["data"].get("stream"))) is not None:
+        return stream.data_module
     if cfg["data"].get("tokens") is not None:
         return TokenizedDataModule
     return TextDataModule if cfg["data"].get("mix") is None else MixedDataModule
@@ -110,7 +114,7 @@ def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> Text
     mix = node.mix and {name: config.make(part.get("source")) for name, part in node.mix.items()}
     return data_kind(cfg)(
         node,
-        mix or config.make(node.source),
+        config.make(node.stream) or mix or config.make(node.source),
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
         block_size=cfg["model"]["block_size"],
         seed=cfg["seed"],

@@ -45,6 +45,8 @@ def check(cfg: dict[str, Any]) -> None:
     check_data(data)
     if data.mix is not None:
         check_mixture(data)
+    if (stream := config.make(data.stream)) is not None:
+        stream.check(data)
     assembly.validation_intervals(cfg)
     assembly.Watchers(cfg, RunFolder(Path()), assembly.steps_to_train(cfg["trainer"], 1))
 

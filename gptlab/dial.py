@@ -5,8 +5,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab import depth
-from gptlab.data.corpus import Files
 from gptlab.data.ids import count_ids
+from gptlab.data.listed import text_files
 from gptlab.given import given_in
 
 # and of others four: pydocs has 3.7 with the default pieces
@@ -59,7 +59,7 @@ def tokens_of(cfg: DictConfig) -> float | None:
     size = cfg.data.text_bytes
     if cfg.data.files is not None:
         try:
-            size = sum(path.stat().st_size for path in Files(OmegaConf.to_container(cfg.data).get("files")).paths())
+            size = sum(file.size for file in text_files(OmegaConf.to_container(cfg.data).get("files")))
         except (OSError, ValueError, TypeError):  # for who reads the text to say
             return None
     if not positive(size):

@@ -84,6 +84,7 @@ def manual(door: str) -> str:
         if group in SCHEMAS:
             values = dict(values_of((conf_dir() / group / f"{default}.yaml").read_text()))
             lines += list(fields_of(*SCHEMAS[group], prefix=group, values=values))
+            lines += keys_of_words(group, default, nested=True)
         else:
             lines += keys_of_words(group, default)
     if door == "train":
@@ -133,12 +134,17 @@ def values_of(text: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
             yield ".".join(parents), (value, match["says"])
 
 
-def keys_of_words(group: str, default: str | None) -> list[str]:
-    """The keys of all words of a group, each once: the default word's value, and others that differ."""
+def keys_of_words(group: str, default: str | None, nested: bool = False) -> list[str]:
+    """The keys of all words of a group, each once: the default word's value, and others that differ.
+
+    Where a dataclass tells of those at the top, only those `nested` below, of which there is something to say.
+    """
     found: dict[str, tuple[str, str | None]] = {}
     others: dict[str, list[str]] = {}
     for path in sorted(files_of(group), key=lambda path: path.stem != default):
         for key, (value, says) in values_of(path.read_text()):
+            if nested and not ("." in key and says):
+                continue
             if key not in found:
                 found[key] = (value, says)
             elif value != found[key][0]:

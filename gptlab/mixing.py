@@ -11,6 +11,8 @@ from gptlab.data.mixed import OF_A_SOURCE
 from gptlab.explain import nearest
 from gptlab.manual import files_of
 
+NO_SOURCES = ("mix", "stream", "litdata")  # words that say how text is read, not which
+
 
 def write_out(cfg: DictConfig) -> None:
     """Replace each source of `data.mix` by a mapping of its weight and what it is."""
@@ -45,9 +47,9 @@ def written_out(name: str, part: Any) -> dict[str, Any]:
 
 def of_word(name: str) -> dict[str, Any]:
     """The keys that `data=name` gives."""
-    file = next((path for path in files_of("data") if path.stem == name and name != "mix"), None)
+    file = next((path for path in files_of("data") if path.stem == name and name not in NO_SOURCES), None)
     if file is None:
-        words = [word for word in words_of("data") if word != "mix"]
+        words = [word for word in words_of("data") if word not in NO_SOURCES]
         raise ValueError(
             f"data.mix.{name}: there is no such source{nearest(name, words)} Known: {', '.join(words)}; or give it "
             f"text: data.mix='{{{name}: {{files: texts/*.txt, weight: 1}}}}'"

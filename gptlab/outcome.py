@@ -116,7 +116,6 @@ class Outcome:
         assert self.watchers is not None
         watchers, folder = self.watchers, self.folder
         now, first_step = datetime.now().timestamp(), watchers.monitor.first_step_at
-        assert self.data.prepared is not None
         return {
             "status": status,
             "seed": self.cfg["seed"],
@@ -128,7 +127,7 @@ class Outcome:
             "seconds_total": round(now - start.PROCESS_START, 3),
             "fingerprints": {
                 "config": config_fingerprint(self.cfg),
-                "data": self.data.prepared.fingerprint,
+                "data": self.data.fingerprint,
                 "tokenizer": self.data.tokenizer.fingerprint,
                 "code": code_fingerprint(),
             },

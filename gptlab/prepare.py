@@ -28,7 +28,7 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     data = assembly.build_data(cfg)
     prepared = data.prepared
     assert prepared is not None
-    rows = report(prepared.meta["splits"], train=data.train_windows, validation=data.validation_windows)
+    rows = report(prepared.meta["splits"], **data.windows)
     rule = {
         "tail": "the tail of each document",
         "hash": "a hash of the document",

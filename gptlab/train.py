@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from gptlab import assembly, checkpoint, checks, config, doors, jobs, ranks
 from gptlab.callbacks.averaging import average_in
-from gptlab.data.module import TextDataModule, data_rank, tensor_ranks
+from gptlab.data.module import data_rank, tensor_ranks
 from gptlab.depth import parameters
 from gptlab.inherit import inherit
 from gptlab.machine import keep_freed_memory
@@ -150,7 +150,7 @@ def run(
         ranks.tell_followers(
             {"run_dir": str(folder.path), "checkpoint": ckpt_path and str(ckpt_path), "resumes": resumes}
         )
-        log.info(describe_data(data))
+        log.info(data.describe())
         sizes = (data.config.batch_size, trainer.precision, config.trusted(cfg))
         log.info(assembly.describe_cost(model.config, *sizes, averaged=average_in(trainer) is not None))
         log.info(describe_steps(cfg, total_steps, trainer))
@@ -169,16 +169,6 @@ def why_ended(state: dict[str, Any], watchers: assembly.Watchers, overridden: di
     ):
         return "the run has stopped early; a larger +callbacks.early_stopping.patience lets it go on"
     return None
-
-
-def describe_data(data: TextDataModule) -> str:
-    """One line on the text that a run is about to see."""
-    train, validation = (data.prepared.meta["splits"][side] for side in ("train", "validation"))
-    return (
-        f"{train['tokens']:,} training tokens of {train['documents']:,} documents "
-        f"in {len(data.train_windows):,} windows, "
-        f"{validation['tokens']:,} validation tokens; vocabulary {data.tokenizer.vocab_size:,}"
-    )
 
 
 def describe_steps(cfg: dict[str, Any], total_steps: int, trainer: Trainer) -> str:

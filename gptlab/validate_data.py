@@ -29,6 +29,11 @@ def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) ->
     cfg = assembly.absolute_paths(cfg)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
+    if cfg["data"]["stream"] is not None:
+        raise ValueError(
+            "a stream's text is looked at as it is read, while training: give this door the text, or a part of it, as "
+            "data.files without data=stream or data=litdata"
+        )
     with doors.json_alone(cfg["json"]):
         judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
     if cfg["json"]:

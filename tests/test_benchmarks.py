@@ -177,6 +177,18 @@ def test_loaders_give_the_same_windows_and_say_when_there_are_too_few(tmp_path, 
 
 
 @pytest.mark.slow
+def test_streaming():
+    small = ("--megabytes=2", "--rounds=1", "--shapes", "test", "--steps=2", "--sizes", "2")
+    speed, wait, memory, resume = tables(run("streaming", *small))
+    assert set(speed) == {"sentencepiece bpe", "sentencepiece unigram", "hf", "byte"}
+    assert 0.3 < number(speed["sentencepiece bpe"][2]) < 1.5
+    assert number(wait["test, built"][1]) == 1
+    assert 0 <= number(wait["test, stream"][2]) < 100
+    assert number(memory["2"][0]) > 100
+    assert len(resume) == 3
+
+
+@pytest.mark.slow
 def test_scaling():
     steps, corpus = tables(
         run(

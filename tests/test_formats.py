@@ -43,6 +43,16 @@ def texts_of(path, **reading) -> list[str]:
     return [document.text for document in read_documents(path, Reading(**reading))]
 
 
+def test_one_csv_file_that_ends_does_not_disturb_another_that_is_read(tmp_path):
+    """The limit of a field is csv's own, for all that read at the time."""
+    for name, rows in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.csv").write_bytes(as_rows(".csv", ["x" * 200_000] * rows))
+    first, second = (read_documents(tmp_path / f"{name}.csv", Reading()) for name in "ab")
+    next(first), next(second)
+    assert list(first) == []
+    assert len(next(second).text) == 200_000
+
+
 @pytest.mark.parametrize("packed", COMPRESS)
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".py"])
 def test_what_was_written_is_read(tmp_path, kind, packed):

@@ -412,3 +412,9 @@ def test_it_takes_every_key_that_train_has():
     own = compose(config_name="validate_data")
     assert own.pop("json") is False
     assert own == compose()
+
+
+def test_a_stream_is_refused():
+    done = door("validate_data", "data=stream", "data.files=a.txt", "data.validation_files=b.txt")
+    assert done.returncode == 2
+    assert "without data=stream" in done.stderr

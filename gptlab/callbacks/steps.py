@@ -237,9 +237,7 @@ class CompileAhead(Callback):
             log.info("compiled in %.1f s", self.seconds)
 
     def _run_once(self, trainer: Trainer, task: LightningModule) -> None:
-        windows = trainer.datamodule.train_windows
-        batch = windows.__getitems__([0] * trainer.datamodule.config.batch_size)
-        batch = {name: tensor.to(task.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(task.device) for name, tensor in trainer.datamodule.example().items()}
         devices = [task.device] if task.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             with trainer.precision_plugin.train_step_context():

@@ -214,17 +214,14 @@ def _json_rows(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path, delimiter: str, count: Count) -> Iterator[tuple[str, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with opened(path, count) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-            try:
-                for row in reader:
-                    yield f"line {reader.line_num}", row
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: line {reader.line_num + 1} is no CSV in UTF-8 ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
+    csv.field_size_limit(2**31 - 1)  # for good: it is one for all files that are being read
+    with opened(path, count) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                yield f"line {reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: line {reader.line_num + 1} is no CSV in UTF-8 ({error})") from error
 
 
 def _parquet_rows(path: Path, field: str, count: Count) -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,7 @@ class DataConfig:
     """What text, and how it is cut into batches."""
 
     source: Any = field(default_factory=dict)  # where the text comes from, unless data.files names it
+    stream: Any = None  # what reads the text while training, instead of making token files first: see data=stream
     files: Any = None  # your own text: a path, glob or URL, or a list of them
     mix: Any = None  # several sources by weight, '{pydocs: 3, code: 1}': words of data, or texts of their own
     validation_files: Any = None  # your own held-out text; null: a share of the text is held out
@@ -74,10 +75,10 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         check(config)
         self.config, self.block_size, self.seed = config, block_size, seed
+        self.cache = cache or cache_dir()
         self.stride = config.stride or max(1, block_size // 2)
         self.sources = self.named(source)
         self.build_tokenizer, self.tokenizer_source = tokenizer, tokenizer_source
-        self.cache = cache or cache_dir()
         self.prepared: Prepared | Mixture | None = None
 
     def named(self, source: Source | None) -> dict[str, Source]:
@@ -125,19 +126,27 @@ class TextDataModule(LightningDataModule):
         return training, partial(kind, block_size=size, stride=size, **all_of_it)
 
     def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[Windows, Windows]:
-        train_cut, validation_cut = self.cuts
-        train, validation = windows_in(prepared.train, train_cut), windows_in(prepared.validation, validation_cut)
+        train = windows_in(prepared.train, self.cuts[0])
         if not len(train):
             raise ValueError(
                 f"the training split{of} has {len(prepared.train):,} tokens and one window of "
                 f"model.block_size={self.block_size} takes {self.block_size + 1}: lower model.block_size, or add text"
             )
+        return train, self.held_out_of(prepared, config, of)
+
+    def held_out_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> Windows:
+        validation = windows_in(prepared.validation, self.cuts[1])
         if not len(validation):
             raise ValueError(
                 f"the validation split{of} has {len(prepared.validation)} tokens and needs at least 2: raise "
                 f"data.validation_fraction={config.validation_fraction}, or add text"
             )
-        return train, validation
+        return validation
+
+    @property
+    def windows(self) -> dict[str, WindowDataset | JoinedWindows]:
+        """The windows of each side, of those that are on the disk."""
+        return {"train": self.train_windows, "validation": self.validation_windows}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -150,7 +159,27 @@ class TextDataModule(LightningDataModule):
         """The order of the training windows; raises ValueError when they do not fill one optimizer step."""
         return TrainingOrder(len(self.train_windows), self.config.batch_size, accumulate, self.seed, rank, world)
 
-    def train_dataloader(self) -> WindowLoader:
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal text and tokens."""
+        assert self.prepared is not None
+        return self.prepared.fingerprint
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A batch of the shape that training sees, to compile for."""
+        return self.train_windows.__getitems__([0] * self.config.batch_size)
+
+    def describe(self) -> str:
+        """One line on the text that a run is about to see."""
+        assert self.prepared is not None
+        train, validation = (self.prepared.meta["splits"][side] for side in ("train", "validation"))
+        return (
+            f"{train['tokens']:,} training tokens of {train['documents']:,} documents "
+            f"in {len(self.train_windows):,} windows, "
+            f"{validation['tokens']:,} validation tokens; vocabulary {self.tokenizer.vocab_size:,}"
+        )
+
+    def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
         order = self.order(trainer.accumulate_grad_batches, *data_rank(trainer))
@@ -179,10 +208,9 @@ class TextDataModule(LightningDataModule):
 
     def identity(self, trainer: Trainer) -> dict[str, Any]:
         """What must be the same for a run to continue: the text, and all that its order follows from."""
-        assert self.prepared is not None
         step = self.config.batch_size * data_rank(trainer)[1] * trainer.accumulate_grad_batches
         return {
-            "fingerprint": self.prepared.fingerprint,
+            "fingerprint": self.fingerprint,
             "block_size": self.block_size,
             "begin": self.config.begin,
             "stride": self.stride,
@@ -198,11 +226,17 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         self.require_same(state, self.trainer)
 
+    def files_that_differ(self, fingerprint: str) -> str:
+        """Which files are other than those of the data with this fingerprint, where that is known."""
+        assert self.prepared is not None
+        return files_that_differ(self.prepared, fingerprint)
+
     def require_same(self, state: dict[str, Any], trainer: Trainer) -> None:
         """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
         for name, now in self.identity(trainer).items():
-            if (before := state.get(name, "anywhere")) != now:  # older checkpoints do not say where windows begin
-                files = files_that_differ(self.prepared, before) if name == "fingerprint" else ""
+            before = state.get(name, "anywhere" if name == "begin" else None)  # older checkpoints do not say where
+            if before != now:
+                files = self.files_that_differ(before) if name == "fingerprint" else ""
                 raise ValueError(
                     f"the run was trained on data with {name} {before} and now finds {now}: it would not be the "
                     f"same run; restore the data and settings, or start a new run with init_from\n{files}".strip()

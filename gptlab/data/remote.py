@@ -1,9 +1,11 @@
-"""Text that lies elsewhere, by URL: copied once into the cache, since checking, learning and encoding each read it."""
+"""Text that lies elsewhere, by URL: what is to be read several times is copied once into the cache."""
 
+import errno
 import hashlib
 import logging
 import os
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -14,6 +16,11 @@ from gptlab.files import cache_dir
 
 log = logging.getLogger(__name__)
 OFFLINE = "check the address and the network, or copy the files here and name them by path"
+# Where file systems say what tells one content of a file from the next.
+VERSIONS = (
+    *("ETag", "etag", "Content-MD5", "md5Hash", "crc32c", "blob_id"),
+    *("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created"),
+)
 
 
 def is_remote(pattern: str) -> bool:
@@ -26,34 +33,87 @@ def local_copies(url: str) -> list[Path]:
     Any scheme that fsspec knows: https, s3, gs, hf, file. What https names is taken not to change. Raises ValueError
     where a scheme is unknown or its library is not installed, and where nothing is found or can be read.
     """
+    with _explained(url):
+        system, paths = _found(url)
+        return [_cached(system, path, get_protocol(url)) for path in paths]
+
+
+def listed(url: str) -> list[tuple[str, int, str]]:
+    """The address, size and version of each file that a URL or a glob of them names; nothing of them is read."""
+    with _explained(url):
+        system, paths = _found(url)
+        infos = {path: info if info.get("size") is not None else system.info(path) for path, info in paths.items()}
+        return [(system.unstrip_protocol(path), info["size"] or 0, _version(info)) for path, info in infos.items()]
+
+
+def copy(url: str, target: Path, stopped: Callable[[], bool]) -> None:
+    """Copy a file from elsewhere to `target`, which is there whole or not at all; OSError where it is `stopped`."""
+    with _explained(url):
+        system, path = fsspec.core.url_to_fs(url)
+        _copy(system, path, target, stopped)
+
+
+def content_of(place: str) -> bytes:
+    """All of a small file, by path or URL. What goes wrong is each library's own exception."""
+    with fsspec.open(place, "rb") as file:
+        return file.read()
+
+
+def _version(info: dict) -> str:
+    return next((f"{key} {info[key]}" for key in VERSIONS if info.get(key)), "")
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Say what is wrong with `url` in gptlab's own words: each library has others."""
     try:
-        system, pattern = fsspec.core.url_to_fs(url)
-        found = sorted(system.glob(pattern)) if any(sign in pattern for sign in "*?[") else [pattern]
-        if not found:
-            raise FileNotFoundError(f"it matches nothing; {OFFLINE}")
-        return [_copy(system, path, get_protocol(url)) for path in found]
+        yield
     except ImportError as error:
         raise ValueError(f'data.files={url!r}: {error}; pip install "gptlab[data]" brings s3, gs and hf') from error
     except ValueError as error:  # a scheme that nobody knows
         raise ValueError(f"data.files={url!r}: {error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"data.files={url!r}: there is no such file, or no way to it ({error}); {OFFLINE}") from error
-    except Exception as error:  # each library has its own
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"no space to copy {url} to; set GPTLAB_CACHE_DIR to a larger disk") from error
         raise OSError(f"cannot read data.files={url!r} ({type(error).__name__}: {error}); {OFFLINE}") from error
 
 
-def _copy(system: fsspec.AbstractFileSystem, path: str, protocol: str) -> Path:
+def _found(url: str) -> tuple[fsspec.AbstractFileSystem, dict[str, dict]]:
+    """The files, sorted, each with what a listing says of it; nothing, where no listing was needed."""
+    system, pattern = fsspec.core.url_to_fs(url)
+    if not any(sign in pattern for sign in "*?["):
+        return system, {pattern: {}}
+    if not (found := system.glob(pattern, detail=True)):
+        raise FileNotFoundError(f"it matches nothing; {OFFLINE}")
+    return system, dict(sorted(found.items()))
+
+
+def _cached(system: fsspec.AbstractFileSystem, path: str, protocol: str) -> Path:
     version = f"{protocol}/{path}/{system.ukey(path)}"  # size and date, or what else the place tells them apart by
     folder = cache_dir() / "remote" / hashlib.sha256(version.encode()).hexdigest()[:16]
-    target = folder / (Path(path.split("?")[0]).name or "index")
+    target = folder / name_of(path)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not target.exists():
             log.info("copying %s", system.unstrip_protocol(path))
-            partial = folder / ".partial"
-            with system.open(path, "rb") as there, open(partial, "wb") as here:
-                shutil.copyfileobj(there, here, 2**20)
-                here.flush()
-                os.fsync(here.fileno())
-            os.replace(partial, target)
+            _copy(system, path, target)
     return target
+
+
+def _copy(system: fsspec.AbstractFileSystem, path: str, target: Path, stopped: Callable[[], bool] = bool) -> None:
+    partial = target.with_name(".partial")
+    with system.open(path, "rb") as there, open(partial, "wb") as here:
+        while block := there.read(2**20):
+            if stopped():
+                raise InterruptedError("nobody needs the copy any more")
+            here.write(block)
+        here.flush()
+        os.fsync(here.fileno())
+    os.replace(partial, target)
+
+
+def name_of(address: str) -> str:
+    """What a file is called, by its path or URL."""
+    return Path(address.split("?")[0]).name or "index"
