@@ -25,7 +25,6 @@ from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
 from gptlab.data.corpus import Files, Source
 from gptlab.data.mixed import MixedDataModule
 from gptlab.data.module import TextDataModule, reading_of
-from gptlab.data.remote import is_remote
 from gptlab.data.tokenized import TokenizedDataModule
 from gptlab.machine import set_compiler
 from gptlab.model import GPT, GPTConfig
@@ -34,38 +33,6 @@ from gptlab.tasks.lm import LMTask
 from gptlab.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("gptlab")
-
-
-def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The config with its paths made absolute, so that the run can be resumed from any folder."""
-
-    def absolute(key: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(key, item) for item in value]
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
-        return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
-
-    def with_paths(key: str, node: dict[str, Any]) -> dict[str, Any]:
-        """A node of `data`, or of one of its sources."""
-        named = [name for name in ("files", "validation_files", "tokens", "validation_tokens") if name in node]
-        paths = {name: absolute(f"{key}.{name}", node[name]) for name in named}
-        if "folders" in (source := node.get("source") or {}):
-            paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
-        if "folder" in (stream := node.get("stream") or {}):
-            paths["stream"] = stream | {"folder": absolute(f"{key}.stream.folder", stream["folder"])}
-        return node | paths
-
-    data = with_paths("data", cfg["data"])
-    if data.get("mix"):
-        data["mix"] = {name: with_paths(f"data.mix.{name}", part) for name, part in data["mix"].items()}
-    given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
-    tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
-    return cfg | {
-        "data": data,
-        "tokenizer": cfg["tokenizer"] | tokenizer,
-        "init_from": absolute("init_from", cfg["init_from"]),
-    }
 
 
 def build_tokenizer(node: dict[str, Any], trust: tuple[str, ...]) -> Tokenizer | Callable[..., Tokenizer]:

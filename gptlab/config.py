@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from gptlab.data.module import DataConfig
+from gptlab.data.remote import is_remote
 from gptlab.manual import conf_dir, files_of, roots
 from gptlab.model import GPTConfig
 
@@ -176,6 +177,38 @@ def model_config(node: dict[str, Any]) -> GPTConfig:
 
 def data_config(node: dict[str, Any]) -> DataConfig:
     return DataConfig(**{field.name: node[field.name] for field in fields(DataConfig) if field.name in node})
+
+
+def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config with its paths made absolute, so that the run can be resumed from any folder."""
+
+    def absolute(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(key, item) for item in value]
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
+        return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
+
+    def with_paths(key: str, node: dict[str, Any]) -> dict[str, Any]:
+        """A node of `data`, or of one of its sources."""
+        named = [name for name in ("files", "validation_files", "tokens", "validation_tokens") if name in node]
+        paths = {name: absolute(f"{key}.{name}", node[name]) for name in named}
+        if "folders" in (source := node.get("source") or {}):
+            paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
+        if "folder" in (stream := node.get("stream") or {}):
+            paths["stream"] = stream | {"folder": absolute(f"{key}.stream.folder", stream["folder"])}
+        return node | paths
+
+    data = with_paths("data", cfg["data"])
+    if data.get("mix"):
+        data["mix"] = {name: with_paths(f"data.mix.{name}", part) for name, part in data["mix"].items()}
+    given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
+    tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
+    return cfg | {
+        "data": data,
+        "tokenizer": cfg["tokenizer"] | tokenizer,
+        "init_from": absolute("init_from", cfg["init_from"]),
+    }
 
 
 def trusted(config: dict[str, Any]) -> tuple[str, ...]:

@@ -39,10 +39,11 @@ class Words:
         words = self.pattern.findall(text)
         if self.characters > MOST_CHARACTERS:
             self.known, self.characters = {}, 0
-        new = [word for word in dict.fromkeys(words) if word not in self.known]
-        self.known.update(zip(new, self.model.encode(new), strict=True))
+        known = self.known  # what this call goes by, whatever another thread puts in its place
+        new = [word for word in dict.fromkeys(words) if word not in known]
+        known.update(zip(new, self.model.encode(new), strict=True))
         self.characters += sum(map(len, new))
-        return chain.from_iterable(map(self.known.__getitem__, words))
+        return chain.from_iterable(map(known.__getitem__, words))
 
 
 def encoder(model: sentencepiece.SentencePieceProcessor, is_bpe: bool) -> Callable[[str], Iterator[int]]:

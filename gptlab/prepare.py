@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gptlab import assembly, checks, doors
+from gptlab import assembly, checks, config, doors
 from gptlab.data import tokenizer_report
 from gptlab.data.mixture import Mixture
 from gptlab.data.module import TextDataModule
@@ -22,7 +22,7 @@ from gptlab.run import write_json, write_text
 
 def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Prepare the data that a run with this config would train on, and print what it is."""
-    cfg = assembly.absolute_paths(cfg)
+    cfg = config.absolute_paths(cfg)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
     data = assembly.build_data(cfg)
@@ -65,7 +65,7 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     if not data.sources:  # ids that stay where they are
         return 0
     show_tokenizer(stored_report(data, prepared))
-    doors.say(f"tokenizer: {prepared.folder / 'tokenizer.html'}")
+    doors.say(f"tokenizer: {data.report_folder / 'tokenizer.html'}")
     doors.say(f"tokens: {prepared.folder}")
     return 0
 
@@ -90,7 +90,7 @@ def show_sources(data: TextDataModule, mixture: Mixture) -> None:
 
 def stored_report(data: TextDataModule, prepared: Prepared | Mixture) -> dict[str, Any]:
     """The report on the tokenizer that stands beside its tokens, made and put there if there is none."""
-    path = prepared.folder / "tokenizer_report.json"
+    path = data.report_folder / "tokenizer_report.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] == tokenizer_report.FORMAT and (prepared.folder / "tokenizer.html").is_file():

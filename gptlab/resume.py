@@ -119,7 +119,9 @@ def require_same_config(cfg: dict[str, Any], state: dict[str, Any], folder: RunF
     if not (text := state["callbacks"]["RunRecord"].get("config")):
         return
     then, now = flat(parsed_config(text.encode(), folder.config)), flat(cfg)
-    files = (f"data.{name}" for name in ("files", "validation_files", "tokens", "validation_tokens"))
+    names = ("files", "validation_files", "tokens", "validation_tokens", "source.folders", "stream.folder")
+    holders = ("data", *(f"data.mix.{name}" for name in cfg["data"].get("mix") or ()))
+    files = (f"{holder}.{name}" for holder in holders for name in names)
     free = (*FREE, *OF_THE_COMMAND, *files, "tokenizer.path", "tokenizer.files")
     changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key) and not is_below(key, free))
     if changed:

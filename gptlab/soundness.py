@@ -1,7 +1,8 @@
 """Whether data is fit to train on: what is wrong with text, tokenizer and tokens, and what to do about it."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -79,8 +80,7 @@ class Soundness:
                 place = {"file": str(fault.path), "line": fault.line, "byte": fault.byte} if of_text else {}
                 self.find("unreadable", str(fault), **place)
             return
-        drawn = all(source.optimum is not None for source in sources)  # copies are chance then
-        self._judge_documents(survey, drawn, lambda: (d.name for d in documents_in(sources) if d.ends))
+        self._judge_documents(survey, lambda: (d.name for d in documents_in(sources) if d.ends))
         self.figures["bytes"] = survey.bytes
         try:
             self.data.prepare_data()
@@ -88,7 +88,7 @@ class Soundness:
             self.find("prepare", str(error))
             return
         self._judge_coverage(survey)
-        self._judge_tokens(drawn)
+        self._judge_tokens()
         content = stored_report(self.data, self.data.prepared)
         total = content["total"]
         self.figures["round_trip"] = total["round_trip"]
@@ -124,9 +124,9 @@ class Soundness:
                 self.find("tokens", fault)
             return
         runs = runs_of(data, "train") + runs_of(data, "validation")
-        self._judge_documents(survey_ids(runs, tokenizer), False, lambda: (name for name, _, _ in documents_of(runs)))
+        self._judge_documents(survey_ids(runs, tokenizer), lambda: (name for name, _, _ in documents_of(runs)))
         self.figures["bytes"] = sum(split["bytes"] for split in data.prepared.meta["splits"].values())
-        self._judge_tokens(drawn=False)
+        self._judge_tokens()
         documents = sampled_documents(runs)
         same = sum(is_encoded_so(tokenizer, ids) for ids in documents)
         self.figures["round_trip"] = same / len(documents) if documents else None
@@ -138,16 +138,16 @@ class Soundness:
                 "encoded: another tokenizer made them, or made them in another way; give tokenizer.path that one",
             )
 
-    def _judge_documents(self, survey: Survey, drawn: bool, names: Callable[[], Iterable[str]]) -> None:
+    def _judge_documents(self, survey: Survey, names: Callable[[], Iterable[str]]) -> None:
         copies, lengths, suspects = survey.copies(names), survey.lengths(), survey.suspects()
         self.figures |= {"documents": survey.documents, "duplicates": copies, "lengths": lengths}
         self.figures |= {"empty_documents": survey.empty_documents, "control_characters": suspects}
-        if copies["documents"] > COPIES * survey.documents and not drawn:
+        if copies["documents"] > COPIES * survey.documents and not self.drawn:
             pairs = "; ".join(f"{copy} is {first}" for first, copy in copies["examples"])
             self.find(
                 "duplicates",
                 f"{copies['documents']:,} of {survey.documents:,} documents are copies of others ({pairs}); "
-                "data.deduplicate=exact leaves them out",
+                + self._remedy("data.deduplicate=exact leaves them out"),
             )
         if survey.empty_documents:
             names_of_some = ", ".join(survey.empty)
@@ -155,8 +155,9 @@ class Soundness:
         if lengths.get("longest", 0) > LONG[survey.unit]:
             self.find(
                 "long",
-                f"{survey.longest} is one document of {lengths['longest']:,} {survey.unit}; if it holds several, say "
-                "what is between them (data.documents=line, or data.separator), and whole ones are held out",
+                f"{survey.longest} is one document of {lengths['longest']:,} {survey.unit}; if it holds several, "
+                + self._remedy("say what is between them (data.documents=line, or data.separator)")
+                + ", and whole ones are held out",
             )
         if sum(one["times"] for one in suspects) > SUSPECT * survey.length:
             form = "{character} ({name}) {times:,} times, first in {first}"
@@ -173,7 +174,7 @@ class Soundness:
                 "tokenizer.character_coverage, or train the tokenizer on text like this (tokenizer.files)",
             )
 
-    def _judge_tokens(self, drawn: bool) -> None:
+    def _judge_tokens(self) -> None:
         """The tokens that are there now: unknown ones, windows, and what is on both sides."""
         prepared = self.data.prepared
         splits = prepared.meta["splits"]
@@ -195,14 +196,34 @@ class Soundness:
         self.figures["overlap_32gram"] = found.share
         self.figures["overlap_of"] = {"runs": found.runs, "looked_at": found.looked_at}
         run_bytes = GRAM * sum(split["bytes"] for split in splits.values()) / self.figures["tokens"]
-        if found.share > (OVERLAP if run_bytes >= 2 * GRAM else OVERLAP_OF_SHORT) and not drawn:
+        if self.drawn:
+            found = overlap(runs_of(self.data, "train"), runs_of(self.data, "validation", self.drawn))
+        if found is not None and found.share > (OVERLAP if run_bytes >= 2 * GRAM else OVERLAP_OF_SHORT):
             example = prepared.tokenizer.decode(found.example)
             self.find(
                 "overlap",
                 f"{found.share:.1%} of the held-out runs of {GRAM} tokens also stand in the training text, such as "
-                f"{example!r}: val/loss will be too low; leave copies out (data.deduplicate=exact or near), or hold "
-                "out text of another kind (data.validation_files)",
+                f"{example!r}: val/loss will be too low; "
+                + self._remedy(
+                    "leave copies out (data.deduplicate=exact or near), or hold out text of another kind "
+                    "(data.validation_files)"
+                ),
             )
+
+    def _remedy(self, of_text: str) -> str:
+        """What is to be done about documents: `of_text`, or what helps where that does not."""
+        if isinstance(self.data, TokenizedDataModule):
+            return "see to it where the ids are made, or name held-out ids (data.validation_tokens)"
+        if isinstance(self.data, MixedDataModule):
+            return f"{of_text}, within a source; what stands in two sources, leave out of one"
+        return of_text
+
+    @cached_property
+    def drawn(self) -> set[str]:
+        """The sources whose documents are drawn at random, so that copies are chance: they are figures, no findings."""
+        configs = self.data.configs if isinstance(self.data, MixedDataModule) else {"": self.data.config}
+        of_their_own = {name for name, config in configs.items() if config.validation_files is not None}
+        return {name for name, source in self.data.sources.items() if source.optimum is not None} - of_their_own
 
     def _judge_windows(self) -> None:
         data = self.data
@@ -256,10 +277,11 @@ def unreadable_files(sources: list[Source]) -> Iterator[Exception]:
                     return
 
 
-def runs_of(data: TextDataModule, side: str) -> list[TokenFile]:
+def runs_of(data: TextDataModule, side: str, without: Collection[str] = ()) -> list[TokenFile]:
+    """The ids of one side, of all sources but some."""
     prepared = data.prepared
-    parts = prepared.parts.values() if isinstance(prepared, Mixture) else [prepared]
-    return [run for part in parts for run in getattr(part, side).parts]
+    parts = prepared.parts if isinstance(prepared, Mixture) else {"": prepared}
+    return [run for name, part in parts.items() if name not in without for run in getattr(part, side).parts]
 
 
 def sampled_documents(runs: list[TokenFile]) -> list[np.ndarray]:

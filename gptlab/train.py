@@ -41,7 +41,7 @@ def train(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """
     if cfg["resume"] is not None and cfg["init_from"] is not None:
         raise ValueError("resume continues a run and init_from starts a new one from its weights: give one of them")
-    cfg = assembly.absolute_paths(cfg)
+    cfg = config.absolute_paths(cfg)
     leader = ranks.leader_said()
     if leader is not None:
         ranks.watch_leader()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from gptlab import assembly, checks, doors
+from gptlab import assembly, checks, config, doors
 from gptlab.soundness import Soundness
 
 TABLE = {
@@ -26,7 +26,7 @@ TABLE = {
 
 def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Say what is wrong with the data that a run with this config would train on; 0 sound, 1 findings, 2 unreadable."""
-    cfg = assembly.absolute_paths(cfg)
+    cfg = config.absolute_paths(cfg)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
     if cfg["data"]["stream"] is not None:

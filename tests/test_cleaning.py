@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, compose, door
 
-from gptlab.assembly import absolute_paths
+from gptlab.config import absolute_paths
 from gptlab.data import formats
 from gptlab.data.cleaning import Cleaned, Cleaning, near
 from gptlab.data.code import ENDINGS, Code

@@ -463,3 +463,17 @@ def test_the_dial_knows_how_many_ids_there_are(tmp_path):
     tokens = count_ids(files) * 0.9
     steps, batch = few["trainer"]["max_steps"], few["data"]["batch_size"] * few["trainer"]["accumulate_grad_batches"]
     assert steps * batch * few["model"]["block_size"] == pytest.approx(4 * tokens, rel=0.05)
+
+
+def test_the_same_ids_in_another_kind_of_file_are_copies(tmp_path):
+    ids = np.random.default_rng(0).integers(13, 200, 500)
+    np.save(tmp_path / "a.npy", ids.astype("<u2"))
+    np.save(tmp_path / "b.npy", ids.astype("<i8"))
+    with pytest.raises(ValueError, match=r"b.npy is held out, and the same as .*a.npy, which is trained on"):
+        prepare_ids(
+            str(tmp_path / "a.npy"),
+            ByteTokenizer(),
+            validation_files=str(tmp_path / "b.npy"),
+            validation_fraction=0.1,
+            cache=tmp_path / "cache",
+        )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_module import epochs_of
 
-from gptlab.assembly import absolute_paths
+from gptlab.config import absolute_paths
 from gptlab.data.corpus import Files
 from gptlab.data.mixed import MixedDataModule
 from gptlab.data.mixture import MixedOrder, quotas
@@ -322,3 +322,16 @@ def test_the_mixture_that_is_given_when_none_is_named_can_be_prepared():
     assert done.returncode == 0, done.stderr
     assert "pydocs" in done.stdout
     assert "stories" in done.stdout
+
+
+def test_a_run_on_text_that_has_moved_goes_on(texts, tmp_path):
+    common = (*SMALL, mix_of(texts), "schedule=constant", "run_dir=run", "trainer.max_steps=2")
+    assert door("train", *common).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    for path in texts.values():
+        path.rename(tmp_path / "elsewhere" / path.name)
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/lower", f"{tmp_path}/elsewhere/lower"))
+    config.write_text(config.read_text().replace(f"{tmp_path}/upper", f"{tmp_path}/elsewhere/upper"))
+    done = door("train", "resume=run", "trainer.max_steps=3")
+    assert done.returncode == 0, done.stderr

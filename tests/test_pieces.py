@@ -1,5 +1,8 @@
 """Encoding word by word gives what sentencepiece makes of the whole text, or is not done."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from conftest import prose
@@ -61,3 +64,17 @@ def test_words_of_long_text_are_forgotten_and_ids_stay(made, monkeypatch):
         assert np.array_equal(made.encode(TEXT), whole)
     assert np.array_equal(np.concatenate([made.encode("a" * 200), made.encode(" b")]), made.encode("a" * 200 + " b"))
     assert set(used(made).known) == set(used(made).pattern.findall("a" * 200 + " b"))
+
+
+def test_threads_may_share_it(monkeypatch):
+    monkeypatch.setattr(pieces, "MOST_CHARACTERS", 500)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    parts = [TEXT[start : start + 700] for start in range(0, 42_000, 700)]
+    expected = [BY_WORDS._processor.encode(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                assert [ids.tolist() for ids in pool.map(BY_WORDS.encode, parts)] == expected
+    finally:
+        sys.setswitchinterval(before)

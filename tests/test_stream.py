@@ -354,6 +354,19 @@ def test_a_text_of_which_nothing_is_left_is_said_and_does_not_go_on_for_ever(tmp
         epochs(loaders(f"{tmp_path}/a.jsonl", source=source), 1)
 
 
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_a_file_of_which_nothing_is_left_ends_no_run(tmp_path, loaders, readers):
+    for name, text in (("a", "short"), ("b", "long enough to stay"), ("c", "long enough to stay as well")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    source = Cleaned(Files(f"{tmp_path}/*.jsonl"), Cleaning(None, 10, None, 0.8))
+    windows = np.concatenate(epochs(loaders(f"{tmp_path}/*.jsonl", source=source, readers=readers), 2))
+    assert not any(b"short" in ByteTokenizer().decode_bytes(window) for window in windows)
+    for path in tmp_path.glob("[bc].jsonl"):
+        path.write_text('{"text": "short"}\n')
+    with pytest.raises(ValueError, match=r"no text in 3 files; look at data.min_characters"):
+        epochs(loaders(f"{tmp_path}/*.jsonl", source=source, readers=readers), 1)
+
+
 def test_what_is_wrong_in_a_shard_is_said_with_file_and_line(folder, tmp_path, loaders):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(ValueError, match=r"a.jsonl: line 2 is no JSON"):

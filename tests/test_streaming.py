@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, SMALL, door, prose
+from conftest import REPOSITORY, SMALL, compose, door, prose
 from test_ranks import KINDS, RUN, assert_close, lay_out
 from test_resume import assert_same_run, interrupted_at
 from trials import Trial, differences
 
+from gptlab.assembly import build_data
 from gptlab.data.module import DataConfig
 from gptlab.data.streaming import StreamDataModule, TextStream
 from gptlab.tokenizer import ByteTokenizer, SentencePieceTokenizer
@@ -280,3 +281,29 @@ def test_files_read_in_another_way_are_other_data(files):
         data.prepare_data()
     assert one.files == other.files
     assert one.fingerprint != other.fingerprint
+
+
+def test_held_out_text_by_url_that_is_trained_on_is_refused(files, tmp_path):
+    shards = sorted(Path(files[0].removeprefix("data.files=")).parent.glob("*.jsonl"))
+    urls = f"data.files=[{','.join(f'file://{shard}' for shard in shards)}]"
+    done = door("prepare", *SMALL, *STREAM, urls, f"data.validation_files=file://{shards[0]}")
+    assert done.returncode == 2
+    assert "is validation text, and the same as" in done.stderr
+
+
+def test_a_buffer_too_small_for_the_ranks_is_refused(files):
+    cfg = compose(*SMALL, *STREAM, *files, "data.stream.buffer=3")
+    data = build_data(cfg)
+    data.order(world=3)
+    with pytest.raises(ValueError, match=r"data.stream.buffer=3 is too small for 4 ranks and 1 readers.* 4 or more"):
+        data.order(world=4)
+
+
+def test_the_report_on_a_tokenizer_is_of_the_text_that_is_given_now(files, tmp_path):
+    said = []
+    for number in (1, 2):
+        (tmp_path / f"{number}.txt").write_text(prose(100 * number))
+        done = door("prepare", *SMALL, *STREAM, f"data.files={tmp_path}/{number}.txt", files[1])
+        assert done.returncode == 0, done.stderr
+        said.append(re.search(r"the tokenizer on ([\d,]+) bytes", done.stdout)[1])
+    assert said[0] != said[1]

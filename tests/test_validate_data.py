@@ -418,3 +418,10 @@ def test_a_stream_is_refused():
     done = door("validate_data", "data=stream", "data.files=a.txt", "data.validation_files=b.txt")
     assert done.returncode == 2
     assert "without data=stream" in done.stderr
+
+
+def test_copies_of_generated_text_in_a_mixture_are_chance(judge):
+    mix = "{stories: {source: {_target_: gptlab.data.stories.Stories, documents: 3000, seed: 1}}, pydocs: 1}"
+    code, report = judge(f"data.mix={mix}", "tokenizer=byte")
+    assert (code, kinds(report)) == (0, [])
+    assert report["overlap_32gram"] > soundness.OVERLAP_OF_SHORT

@@ -423,3 +423,15 @@ def test_the_trainer_gives_every_epoch_its_own_order(token_file):
     trainer.fit(recorder, make_loader(token_file(60)))
     assert recorder.seen == epochs_of(make_loader(token_file(60)), 2)
     assert recorder.seen[:9] != recorder.seen[9:]
+
+
+def test_a_file_without_windows_may_come_first(tmp_path):
+    parts = []
+    for number, ids in enumerate(([7], [2, 7, 5, 2], [2, 9, 8, 7, 6, 5, 2])):
+        path = tmp_path / f"{number}.bin"
+        np.array(ids, dtype="<u2").tofile(path)
+        parts.append(DocumentWindows(TokenFile(path, "<u2", len(ids)), 3, 3, alone=True))
+    assert [len(part) for part in parts] == [0, 1, 2]
+    batch = JoinedWindows(parts).__getitems__([-1, 0, 1, 2])
+    assert batch["loss_mask"].sum(1).tolist() == [0, 3, 3, 3]  # an end that comes first begins no window of its own
+    assert batch["tokens"][1].tolist() == [2, 7, 5]

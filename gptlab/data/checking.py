@@ -22,16 +22,17 @@ from gptlab.tokenizer import EOS_ID, UNK_ID, Tokenizer
 
 log = logging.getLogger(__name__)
 
-CHECK_FORMAT = 1  # raise it when a check would find other things, or keep them otherwise
+CHECK_FORMAT = 2  # raise it when a check would find other things, or keep them otherwise
 MOST_THREADS = 8
 COUNTED = 2**17  # ids at a time: what fits the processor's cache is counted twice as fast
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a reading of a whole shard found: the hash of the file, and what stands before and after the cut."""
+    """What a reading of a whole shard found: two hashes, and what stands before and after the cut."""
 
-    sha256: str
+    sha256: str  # of the file
+    ids_sha256: str  # of its ids as four bytes each: the same however they are kept
     before: dict[str, int]  # tokens, documents, unknown_tokens, bytes
     after: dict[str, int]
 
@@ -85,13 +86,14 @@ def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: C
     `token_bytes` has the bytes of text of each token of the vocabulary; `count` is told of the bytes as they are read.
     """
     ids, before = shard.ids, shard.path.stat()
-    digest, cut = hashlib.sha256(), len(shard.ids) if cut is None else cut
+    digest, of_ids, cut = hashlib.sha256(), hashlib.sha256(), len(shard.ids) if cut is None else cut
     times = np.zeros((2, len(token_bytes)), dtype=np.int64)  # how often each id stands before, and after, the cut
     with open(shard.path, "rb") as file:
         digest.update(file.read(ids.first_byte))
     for start, block in ids.blocks():
         digest.update(block.data)
         require_known(ids, start, block, len(token_bytes))
+        of_ids.update(block.astype("<u4").data)
         here = min(max(cut - start, 0), len(block))
         for row, part in zip(times, (block[:here], block[here:]), strict=True):
             for first in range(0, len(part), COUNTED):
@@ -100,7 +102,7 @@ def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: C
     after = shard.path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"{shard.path} changed while it was read: wait until it is written, and start again")
-    found = Checked(digest.hexdigest(), *(_sums(row, token_bytes) for row in times))
+    found = Checked(digest.hexdigest(), of_ids.hexdigest(), *(_sums(row, token_bytes) for row in times))
     if (sidecar := shard.sidecar) is not None:
         if sidecar.sha256 != found.sha256:
             raise ValueError(
@@ -151,6 +153,6 @@ def hash_of(content: object) -> str:
 def _remembered(place: Path) -> Checked | None:
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
-        return Checked(content["sha256"], content["before"], content["after"])
+        return Checked(content["sha256"], content["ids_sha256"], content["before"], content["after"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

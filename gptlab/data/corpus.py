@@ -65,6 +65,8 @@ class Files(Source):
         found: dict[Path, str] = {}  # resolved path -> the pattern that gave it
         for pattern in self.files:
             for path in self._expand(pattern):
+                if not str(path).isprintable() and any("\udc80" <= c <= "\udcff" for c in str(path)):
+                    raise ValueError(f"data.files: the name of {str(path)!r} is not UTF-8; rename the file")
                 if path.resolve() in found:
                     raise ValueError(
                         f"data.files: {path} is named twice, by {found[path.resolve()]!r} and {pattern!r}; "

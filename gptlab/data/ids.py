@@ -78,9 +78,9 @@ def prepare_ids(
     cuts = [cut_of(shard.ids, validation_fraction) if rule == TAIL else None for shard in shards]
     found = check_shards(shards, cuts, tokenizer, Path(cache) / "shards", again)
     if rule == TOKENS:
-        _refuse_copies(shards, [checked.sha256 for checked in found], training)
+        _refuse_copies(shards, [checked.ids_sha256 for checked in found], training)
     if rule == HASH:  # it stays so when others are added, or it is renamed, and is the same for copies
-        is_held_out = [int(checked.sha256[:16], 16) / 2**64 < validation_fraction for checked in found]
+        is_held_out = [int(checked.ids_sha256[:16], 16) / 2**64 < validation_fraction for checked in found]
     else:
         is_held_out = [number >= training for number in range(len(shards))]
     records = [

@@ -63,11 +63,24 @@ def fingerprint_of(files: Iterable[TextFile]) -> str:
     return hashlib.sha256(repr([file.identity for file in files]).encode()).hexdigest()
 
 
-def refuse_overlap(files: Iterable[TextFile], held_out: Iterable[Path]) -> None:
-    """Raise ValueError where a held-out file is among them, or has all the bytes of one that lies here."""
+def refuse_overlap(files: Iterable[TextFile], patterns: str | Sequence[str], held_out: Iterable[Path]) -> None:
+    """Raise ValueError where a held-out file is among them, or has all the bytes of one that lies here.
+
+    `patterns` are those of `held_out`: of files from elsewhere the place is compared, and name, size and version.
+    """
     by_size: dict[int, list[TextFile]] = {}
+    known: dict[object, TextFile] = {}
     for file in files:
         by_size.setdefault(file.size, []).append(file)
+        if is_remote(file.place):
+            known |= {file.place: file, tuple(file.identity): file}
+    remote = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if is_remote(str(pattern))]
+    for file in text_files(remote) if remote and known else ():
+        if same := known.get(file.place) or known.get(tuple(file.identity)):
+            raise ValueError(
+                f"{file.place} is validation text, and the same as {same.place}, which is training text: leave it out "
+                "of one of them"
+            )
     for path in held_out:
         for file in by_size.get(path.stat().st_size, []):
             if is_remote(file.place):

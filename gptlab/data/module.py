@@ -149,6 +149,12 @@ class TextDataModule(LightningDataModule):
         return {"train": self.train_windows, "validation": self.validation_windows}
 
     @property
+    def report_folder(self) -> Path:
+        """Where the report on the tokenizer stands: beside the tokens that it made of this text."""
+        assert self.prepared is not None
+        return self.prepared.folder
+
+    @property
     def tokenizer(self) -> Tokenizer:
         if self.prepared is None:
             self.prepare_data()

@@ -109,23 +109,26 @@ class Reader:
         """The ids of each piece of text, without an end, with the place of the first of them."""
         turn, at, skipped, token = place
         encode = self.text.tokenizer.encode
+        without: set[TextFile] = set()  # that were read through, with nothing else since
         while True:
-            files, found = self._files(turn), at > 0 or skipped > 0
+            files = self._files(turn)
             following = [*files[1:], self._files(turn + 1)[0]]
             for index in range(at, len(files)):
                 pieces = self._read(files[index], skipped, following[index])
+                is_empty = skipped == token == 0
                 for piece, (content, ends) in enumerate(pieces, skipped):
                     if self._closed.is_set():
                         raise CancelledError
                     ids = np.append(encode(content), EOS_ID) if ends else encode(content)
-                    found |= len(ids) > token
+                    is_empty = is_empty and len(ids) == token
                     yield Place(turn, index, piece, token), ids[token:]
                     token = 0
                 skipped = 0
-            if not found:
-                raise ValueError(
-                    f"data.files: no text in {len(files)} files; look at data.min_characters and data.field"
-                )
+                without = {*without, files[index]} if is_empty else set()
+                if len(without) == len(self.text.files):
+                    raise ValueError(
+                        f"data.files: no text in {len(without)} files; look at data.min_characters and data.field"
+                    )
             turn, at = turn + 1, 0
 
     def _files(self, turn: int) -> list[TextFile]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,12 @@ class StreamedDataModule(TextDataModule):
         assert self.prepared is not None
         known = [self.prepared.meta["tokenizer_fingerprint"], self.prepared.meta["splits"]["validation"]["sha256"]]
         return hashlib.sha256("\n".join([*self.training_identity(), *known]).encode()).hexdigest()
+
+    @property
+    def report_folder(self) -> Path:
+        folder = self.cache / "streams" / self.fingerprint[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def training_identity(self) -> list[str]:
         """What tells the training text, and how it is read, from others."""
@@ -169,7 +176,7 @@ class StreamDataModule(StreamedDataModule):
             )
         held_out = validation_source(self.config)
         assert held_out is not None
-        refuse_overlap(self.files, held_out.paths())
+        refuse_overlap(self.files, self.config.validation_files, held_out.paths())
         learnt_from = self.tokenizer_source or self.sample
         self.prepared = self.prepare_held_out(tokenizer_for([], self.build_tokenizer, self.cache, learnt_from))
         write_json(self._record(self.fingerprint), [file.identity for file in self.files])
@@ -197,6 +204,12 @@ class StreamDataModule(StreamedDataModule):
 
     def order(self, accumulate: int = 1, rank: int = 0, world: int = 1) -> TrainingOrder:
         windows, step = self.stream.epoch_windows, self.config.batch_size * world * accumulate
+        readers, least = self.stream.readers, math.lcm(world, self.stream.readers) // self.stream.readers
+        if self.stream.buffer < least:
+            raise ValueError(
+                f"data.stream.buffer={self.stream.buffer} is too small for {world} ranks and {readers} readers: each "
+                f"rank must have a window of every block; raise it to {least} or more"
+            )
         if windows < step:
             raise ValueError(
                 f"data.stream.epoch_windows={windows} is less than the {step} windows that an optimizer step takes: "

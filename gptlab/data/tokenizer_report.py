@@ -32,7 +32,7 @@ def texts_by_source(sources: Mapping[str, Source]) -> dict[str, Iterator[str]]:
         return {name: (document.text for document in source.documents()) for name, source in sources.items()}
     (source,) = sources.values()
     if not (paths := source.paths()):
-        return {"generated": (document.text for document in source.documents())}
+        return {"text": (document.text for document in source.documents())}
     names = [[path.name for path in paths], [path.parent.name for path in paths], ["all files"] * len(paths)]
     chosen = next(row for row in names if len(set(row)) < MANY_SOURCES)
     groups: dict[str, list[Path]] = {}

@@ -23,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock
 
+from gptlab import chunks, pieces, vocabulary
 from gptlab.data import encoding
 from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_rule
 from gptlab.data.document import Document
@@ -185,7 +186,7 @@ def tokenizer_for(
     else:
         learnt_from = [text.training_identity for text in texts]
         content = (training for text in texts for training in text.training_texts())
-    key = _key(FORMAT, name, _code(owner), partial.args, partial.keywords, learnt_from)
+    key = _key(FORMAT, name, _codes(owner), partial.args, partial.keywords, learnt_from)
     return _once(
         Path(cache) / "tokenizers" / key,
         load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
@@ -197,7 +198,7 @@ def encoded(text: "SplitText", tokenizer: Tokenizer, cache: Path, workers: int |
     """Both sides of `text` as tokens, from the cache where it has them."""
     trust = (type(tokenizer).__module__.split(".")[0],)  # its code runs already
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    key = _key(FORMAT, tokenizer.fingerprint, _code(type(tokenizer)), dtype, text.identity)
+    key = _key(FORMAT, tokenizer.fingerprint, _codes(type(tokenizer)), dtype, text.identity)
     prepared = _once(
         Path(cache) / "tokens" / key,
         load=lambda folder: open_prepared(folder, trust),
@@ -274,6 +275,12 @@ def _code(thing: type | Callable) -> str:
         return sha256_of_file(Path(inspect.getfile(thing)))
     except (TypeError, OSError):  # it was typed at a prompt
         return ""
+
+
+def _codes(tokenizer: type | Callable) -> list[str]:
+    """Those of a kind of tokenizer: its own module, those of what it is derived from, and what cuts and learns."""
+    kinds = [kind for kind in getattr(tokenizer, "__mro__", (tokenizer,)) if kind.__module__.split(".")[0] == "gptlab"]
+    return [_code(part) for part in (tokenizer, *kinds, chunks.sample, pieces.learn, vocabulary.readable)]
 
 
 def _key(*parts: object) -> str:

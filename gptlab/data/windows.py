@@ -73,7 +73,7 @@ class DocumentWindows(WindowDataset):
     def __init__(self, tokens: TokenFile, block_size: int, stride: int, alone: bool = False):
         super().__init__(tokens, block_size, stride)
         ends = [at + np.flatnonzero(tokens[at : at + SCAN] == EOS_ID) for at in range(0, len(tokens) - 1, SCAN)]
-        begins = np.concatenate([[0], *ends]).astype(np.int64)
+        begins = np.unique(np.concatenate([[0], *ends]).astype(np.int64))  # the first id may be an end
         begins = begins[begins < len(tokens) - 1]  # the last end token begins none
         sizes = np.diff(begins, append=len(tokens) - 1) if len(begins) else begins
         counts = 1 + np.maximum(0, -(-(sizes - block_size) // stride))
@@ -116,7 +116,8 @@ class JoinedWindows(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """As WindowDataset's; window -1 is nothing but padding here too."""
         numbers = np.asarray(indices)
-        owners = np.where(numbers < 0, 0, np.searchsorted(self.starts, numbers, side="right") - 1)
+        owner_of_none = int(np.argmax(self.starts[1:] > 0))  # the first that has a window to make a masked one of
+        owners = np.where(numbers < 0, owner_of_none, np.searchsorted(self.starts, numbers, side="right") - 1)
         batch: dict[str, Tensor] = {}
         for owner in np.unique(owners).tolist():
             rows = np.flatnonzero(owners == owner)
