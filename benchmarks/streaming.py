@@ -31,7 +31,7 @@ from gptlab.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 BATCH, BLOCK, BUFFER = 16, 1024, 256
 PARTS = ("speed", "wait", "memory", "resume")
-STREAMED = """
+STREAMED = r"""
 import re
 import sys
 sys.path[:0] = sys.argv[4:]
@@ -41,7 +41,7 @@ loader = loader_of(sys.argv[1], load_tokenizer(sys.argv[2]), int(sys.argv[3]))
 for _ in loader:
     pass
 loader.close()
-print(int(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read())[1]) / 1024)
+print(int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
