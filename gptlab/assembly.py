@@ -102,9 +102,17 @@ def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:
 
 def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
     """The data module, its text found or built. `tokenizer` replaces the one that the config describes."""
+    data = data_module(cfg, tokenizer)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
+    """The same, before any text is read."""
     node = config.data_config(cfg["data"])
     mix = node.mix and {name: config.make(part.get("source")) for name, part in node.mix.items()}
-    data = data_kind(cfg)(
+    return data_kind(cfg)(
         node,
         config.make(node.stream) or mix or config.make(node.source),
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
@@ -112,9 +120,6 @@ def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextD
         seed=cfg["seed"],
         tokenizer_source=None if tokenizer else tokenizer_source(cfg),
     )
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 def build_model(cfg: dict[str, Any], tokenizer: Tokenizer) -> GPT:

@@ -63,6 +63,13 @@ class TrainConfig:
     callbacks: Any = field(default_factory=dict)
 
 
+@dataclass
+class ValidateConfig(TrainConfig):
+    """Those of `validate_data`."""
+
+    json: bool = MISSING
+
+
 class ProjectSearchPath(SearchPathPlugin):
     """Adds the current folder's own conf/ and experiments/, and then the project's experiments/."""
 
@@ -85,6 +92,7 @@ def register() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the door, which says them in its own way
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=TrainConfig)
+    store.store(group="schema", name="validate_data", node=ValidateConfig)
     store.store(group="schema", name="gpt", node=GPTConfig)
     store.store(group="schema", name="data", node=DataConfig)
     Plugins.instance().register(ProjectSearchPath)

@@ -50,8 +50,23 @@ def on_terminal() -> bool:
 
 
 class Console(logging.Handler):
+    to_stderr = False  # while standard output is for a program to read
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        if not self.to_stderr:
+            say(self.format(record))
+        elif ranks.is_first():
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, keep gptlab's own log off standard output."""
+    before, Console.to_stderr = Console.to_stderr, wanted
+    try:
+        yield
+    finally:
+        Console.to_stderr = before
 
 
 @contextlib.contextmanager
@@ -129,11 +144,11 @@ def message_of(error: BaseException) -> str:
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
-def report(error: BaseException, before_first_step: bool, message: str | None = None) -> int:
+def report(error: BaseException, before_first_step: bool, message: str | None = None, door: str = "train") -> int:
     """Say what went wrong, `message` where that is known already, and give the exit code."""
     if debugging():
         traceback.print_exception(error)
-    explained = explain(error)
+    explained = explain(error, door)
     error = root_of(error)
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C
@@ -188,12 +203,12 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
             checks.check_targets(plain, config.trusted(plain))
             outcome["code"] = act(plain, given_keys(), run_name(plain))
         except BaseException as error:
-            outcome["code"] = report(error, before_first_step=True)
+            outcome["code"] = report(error, before_first_step=True, door=name)
 
     try:
         hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(job)()
     except (Exception, Interrupted) as error:
-        outcome["code"] = report(error, before_first_step=True)
+        outcome["code"] = report(error, before_first_step=True, door=name)
     start.finish(outcome["code"] or CTRL_C)
     code = outcome["code"] or sweep.summarise(show)
     start.finish(code)

@@ -16,6 +16,7 @@ SHOWN = {  # the groups of each door, and the file of the dataclass behind a gro
         *SWEEPS,
     ),
     "prepare": ("data", "tokenizer"),
+    "validate_data": ("data", "tokenizer"),
 }
 SCHEMAS = {"model": ("model.py", "GPTConfig"), "data": ("data/module.py", "DataConfig")}
 FOOT = {
@@ -32,6 +33,12 @@ usage
   a corpus        python -m gptlab.prepare data=pysource tokenizer.vocab_size=8000
   own text        python -m gptlab.prepare data.files='[texts/**/*.txt]' model.block_size=256
 It takes every key of train, and prepares what train would with the same ones.""",
+    "validate_data": """\
+usage
+  a corpus        python -m gptlab.validate_data data=pysource tokenizer.vocab_size=8000
+  token files     python -m gptlab.validate_data data.tokens='shards/*.bin' tokenizer.path=my-tokenizer
+  for a program   python -m gptlab.validate_data data.files='[texts/**/*.txt]' json=true
+It takes every key of train. Exit codes: 0 sound, 1 findings, 2 text or token files that cannot be read.""",
 }
 
 

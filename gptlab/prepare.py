@@ -57,9 +57,9 @@ def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
         cells = ("" if row[key] is None else form.format(row[key]) for row in rows.values())
         table.add_row(key.replace("_", " "), *cells)
     doors.show(table)
-    doors.say(
-        f"windows of {data.block_size} tokens, {data.stride} apart in training and {data.block_size} in validation"
-    )
+    since = " from the beginning of each document on" if data.config.begin == "document" else ""
+    apart = f"{data.stride} apart{since} in training and {data.block_size} in validation"
+    doors.say(f"windows of {data.block_size} tokens, {apart}")
     if isinstance(prepared, Mixture):
         show_sources(data, prepared)
     if not data.sources:  # ids that stay where they are

@@ -174,6 +174,7 @@ CONFIG_FAULTS = [
     ("max_time=0", ("max_time=0", "null")),
     ("seed=-1", ("seed=-1", "2^32")),
     ("data.batch_size=0", ("data.batch_size=0", "at least 1")),
+    ("data.begin=line", ("data.begin='line'", "anywhere, document")),
     ("data.stride=0", ("data.stride=0", "at least 1")),
     ("data.validation_fraction=1.5", ("data.validation_fraction=1.5", "between 0 and 1")),
     ("trainer=mps", ("trainer=mps", "trainer=auto")),

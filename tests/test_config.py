@@ -150,13 +150,13 @@ FLOORS = {
     "cost depth chunks vocabulary pieces words borrowed",
     1: "engine checkpoint run jobs data.batches data.changes data.checking data.cleaning data.code data.corpus "
     "data.datatrove data.document data.encoding data.formats data.grammar data.ids data.listed data.mixture "
-    "data.remote data.shards data.sources data.stories data.stream data.tokenizer_report data.tokens data.windows "
-    "data.workers",
+    "data.overlap data.remote data.shards data.sources data.stories data.stream data.survey "
+    "data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
     3: "manual start config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
-    "study staged train prepare __main__",
+    "soundness study staged train prepare validate_data __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
@@ -174,7 +174,7 @@ MAY_IMPORT = {
         "datatrove",
     },
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich", "litdata"},
-    3: {"torch", "lightning", "hydra", "omegaconf", "rich", "yaml", "typeguard", "filelock"},
+    3: {"torch", "numpy", "lightning", "hydra", "omegaconf", "rich", "tqdm", "yaml", "typeguard", "filelock"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

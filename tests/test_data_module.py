@@ -111,6 +111,7 @@ def test_own_validation_files_are_the_validation_text_whole(tmp_path, text_file)
     ("name", "options"),
     [
         ("block_size", {"block_size": 32}),
+        ("begin", {"begin": "document"}),
         ("stride", {"stride": 3}),
         ("seed", {"seed": 5}),
         ("windows_a_step", {"batch_size": 4}),
@@ -129,6 +130,33 @@ def test_another_identity_is_refused_with_both_values(text_file, name, options):
     assert str(state[name]) in str(refusal.value)
     assert str(other.identity(trainer)[name]) in str(refusal.value)
     assert "init_from" in str(refusal.value)
+
+
+def test_training_windows_may_begin_with_a_document(tmp_path):
+    """With its first words and the end token before it; windows that begin elsewhere go on with a long document."""
+    lines = [f"line {number}: {prose(1 + number % 25, number)}".replace("\n", " ") for number in range(300)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    options = {"documents": "line", "block_size": 48, "begin": "document", "stride": 16}
+    (seen,) = epochs_of(module(str(tmp_path / "lines.txt"), batch_size=1, **options), 1)
+    tokenizer = ByteTokenizer()
+    begun = [tokenizer.decode(row[1:10]) for row in seen if row[0] == EOS_ID]
+    assert len(begun) == len(set(begun)) > 0.85 * len(lines)
+    assert set(begun) <= {line[:9] for line in lines}
+    further = [tokenizer.decode(row[:16]) for row in seen if row[0] != EOS_ID]
+    assert len(further) > len(lines)
+    assert all(any(text in line for line in lines) for text in further)
+
+
+def test_a_checkpoint_from_before_windows_had_a_beginning_resumes(text_file):
+    one, other = module(str(text_file)), module(str(text_file), begin="document")
+    for data in (one, other):
+        data.setup()
+    trainer = SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=1, strategy=None)
+    state = one.identity(trainer)
+    del state["begin"]
+    one.require_same(state, trainer)
+    with pytest.raises(ValueError, match="begin anywhere and now finds document"):
+        other.require_same(state, trainer)
 
 
 def test_accumulation_and_batch_size_may_be_traded(text_file):

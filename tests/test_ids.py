@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gptlab.data.ids import count_ids, cut_of, prepare_ids
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.shards import open_shards
 from gptlab.data.tokens import prepare
-from gptlab.data.windows import windows_in
+from gptlab.data.windows import WindowDataset, windows_in
 from gptlab.tokenizer import EOS_ID, ByteTokenizer, CharTokenizer
 
 T = 8
@@ -35,14 +36,15 @@ class Wide(ByteTokenizer):
 
 @pytest.fixture
 def shards(tmp_path):
-    """`shards(n, tokens)` writes n shards in which no id comes twice, with documents of 10 to 29 tokens."""
+    """`shards(n, tokens)` writes n shards in which no id comes twice; documents have 10 to 29 tokens, or all."""
 
-    def write(count: int, tokens: int = 200, first: int = 10) -> str:
+    def write(count: int, tokens: int = 200, first: int = 10, long_documents: bool = False) -> str:
         folder, rng = tmp_path / f"shards-{count}-{first}", np.random.default_rng(count)
         folder.mkdir()
         for number in range(count):
             own = np.arange(first + number * tokens, first + (number + 1) * tokens)
-            own[np.cumsum(rng.integers(10, 30, tokens)) % tokens] = EOS_ID
+            if not long_documents:
+                own[np.cumsum(rng.integers(10, 30, tokens)) % tokens] = EOS_ID
             own[-1] = EOS_ID
             write_shard(folder / f"{number:03}.bin", own, vocab_size=Wide.vocab_size)
         return f"{folder}/*.bin"
@@ -65,7 +67,7 @@ def all_ids(folder: Path) -> list[int]:
 
 def shown(side, stride: int, keep_tail: bool = False) -> list[list[int]]:
     """Every window of a side, as its ids."""
-    windows = windows_in(side, T, stride, keep_tail)
+    windows = windows_in(side, partial(WindowDataset, block_size=T, stride=stride, keep_tail=keep_tail))
     rows = []
     for number in range(len(windows)):
         window = windows[number]
@@ -74,9 +76,13 @@ def shown(side, stride: int, keep_tail: bool = False) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("count", [1, 7, 99, 100, 230])
-def test_no_id_that_is_held_out_is_trained_on_and_no_window_crosses_files_or_sides(tmp_path, shards, count):
-    data = prepared(shards(count), tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("count", "long_documents"), [(1, False), (1, True), (7, False), (7, True), (99, False), (100, True), (230, False)]
+)
+def test_no_id_that_is_held_out_is_trained_on_and_no_window_crosses_files_or_sides(
+    tmp_path, shards, count, long_documents
+):
+    data = prepared(shards(count, long_documents=long_documents), tmp_path / "cache")
     assert data.meta["split"]["rule"] == ("tail of file" if count < 100 else "hash of file")
     train, held_out = (ids_in(side) for side in (data.train, data.validation))
     assert sorted(train + held_out) == all_ids(tmp_path / f"shards-{count}-10")
@@ -246,6 +252,11 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path, shards, monkey
     assert read[4:] == ["002.bin"]
     prepared(files, tmp_path / "cache", again=True)
     assert len(read) == 9
+    np.save(tmp_path / "own.npy", np.arange(1000, 2000))  # of the same size, with no sidecar that tells
+    before = prepared(str(tmp_path / "own.npy"), tmp_path / "cache")
+    np.save(tmp_path / "own.npy", np.arange(2000, 3000))
+    assert prepared(str(tmp_path / "own.npy"), tmp_path / "cache").fingerprint != before.fingerprint
+    del read[9:]
     for file in (tmp_path / "cache/shards").glob("*.json"):
         file.write_text("{")
     prepared(files, tmp_path / "cache")
@@ -327,7 +338,8 @@ def test_windows_and_figures_are_those_of_the_same_ids_prepared(tmp_path):
     for side in ("train", "validation"):
         for figure in ("tokens", "documents", "bytes", "unknown_tokens"):
             assert of_text.meta["splits"][side][figure] == of_ids.meta["splits"][side][figure], (side, figure)
-        one, other = (windows_in(getattr(data, side), T, T // 2) for data in (of_text, of_ids))
+        cut = partial(WindowDataset, block_size=T, stride=T // 2)
+        one, other = (windows_in(getattr(data, side), cut) for data in (of_text, of_ids))
         for number in (0, len(one) - 1):
             assert one[number]["targets"].tolist() == other[number]["targets"].tolist()
 

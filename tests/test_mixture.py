@@ -20,7 +20,7 @@ from gptlab.data.mixed import MixedDataModule
 from gptlab.data.mixture import MixedOrder, quotas
 from gptlab.data.module import DataConfig
 from gptlab.data.windows import ScoringOrder, permute
-from gptlab.tokenizer import ByteTokenizer
+from gptlab.tokenizer import EOS_ID, ByteTokenizer
 
 COUNTS, WEIGHTS = {"small": 30, "large": 500, "middle": 110}, {"small": 2, "large": 1, "middle": 1.0}
 
@@ -183,6 +183,16 @@ def test_sources_keep_settings_of_their_own(texts):
     assert len(upper.train) == len(texts["upper"].read_bytes()) + 1
 
 
+def test_windows_of_every_source_may_begin_with_a_document(texts):
+    data = module(texts, {"lower": 1, "upper": 1}, documents="line", begin="document")
+    data.setup()
+    for part in data.train_windows.parts:
+        documents = (part.tokens[:] == EOS_ID).sum()
+        first = part.__getitems__(list(range(len(part))))["tokens"][:, 0]
+        assert documents > 5
+        assert (first == EOS_ID).sum() > 0.9 * documents
+
+
 def test_a_tokenizer_is_trained_on_all_sources(texts):
     learnt = []
 
@@ -232,7 +242,7 @@ def test_words_are_written_out_in_the_config(tmp_path):
     assert (mix["gutenberg"]["weight"], mix["gutenberg"]["validation_fraction"]) == (0.5, 0.2)
     assert mix["own"] == {"weight": 1, "files": "a.txt"}
     assert data["text_bytes"] == 1_600_000  # of the config that is mixed into; "own" says none
-    assert compose("data=mix")["data"]["text_bytes"] == 1_600_000 + compose("data=pysource")["data"]["text_bytes"]
+    assert compose("data=mix")["data"]["text_bytes"] == 1_600_000 + compose("data=stories")["data"]["text_bytes"]
     assert absolute_paths(compose("data.mix={own: {files: a.txt}}"))["data"]["mix"]["own"]["files"] == str(
         Path("a.txt").absolute()
     )
@@ -305,3 +315,10 @@ def test_a_mixture_is_prepared_and_told_source_by_source(texts):
     assert done.returncode == 0, done.stderr
     assert "74.9%" in done.stdout  # 502 of 670 windows
     assert "that of each source" in " ".join(done.stdout.split())
+
+
+def test_the_mixture_that_is_given_when_none_is_named_can_be_prepared():
+    done = door("prepare", "data=mix", "tokenizer=byte", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "pydocs" in done.stdout
+    assert "stories" in done.stdout

@@ -27,7 +27,7 @@ def enter(door: str, *arguments: str, then: str, **env: str) -> str:
     return ended.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("door", ["train", "prepare"])
+@pytest.mark.parametrize("door", ["train", "prepare", "validate_data"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_needs_none_of_the_libraries_that_take_seconds_to_import(door, option):
     found = enter(door, option, then="print(*{name.partition('.')[0] for name in sys.modules})").split()

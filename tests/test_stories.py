@@ -12,8 +12,10 @@ from experiments.floor.baselines import lzma_bits_per_byte, ngram_excess
 from gptlab.data.grammar import Choice, Grammar
 from gptlab.data.stories import (
     GRAMMAR,
+    HEDGES,
     LINES,
     STORIES,
+    WORDS,
     Stories,
     conversation,
     preference,
@@ -110,8 +112,8 @@ def test_a_document_depends_on_its_seed_and_index_alone():
     assert [document.text for document in Stories(documents=20, seed=6).documents()] != again
     # The same on any machine. A change of the grammar shows here: runs before it compare with none after.
     assert story(1, 5) == (
-        "Once Rita had 8 pink keys. The key of Tom was green.\nQ: Who has something pink?\nA: Rita.\n"
-        "Count to 3: 1 2 3.\nQ: Add 8 by tool.\nT: add(8, 8)\nO: 16\nA: 16.\n"
+        "Once Rita had 8 pink keys. The key of Tom was green.\nQ: Who has something pink?\nA: Rita, pink.\n"
+        "Q: Add 6 by tool.\nT: add(8, 6)\nO: 14\nA: 14.\nQ: How many are pink?\nA: 8.\n"
     )
 
 
@@ -185,15 +187,21 @@ def test_preferences_are_drawn_with_the_probability_that_they_tell():
     pairs = [preference(5, index) for index in range(3000)]
     assert pairs[7] == preference(5, 7)
     assert all(pair.first != pair.second and pair.prompt[-1]["role"] in ("user", "tool") for pair in pairs)
+    name, colour = ("|".join(WORDS["en"][kind] + WORDS["es"][kind]) for kind in ("name", "colour"))
+    hedge = "|".join(HEDGES.values()).replace("{}.", "")
+    shape = re.compile(rf"({hedge}|)(\d+|({name}), ({colour}))\.")
+    assert all(shape.fullmatch(said) for pair in pairs for said in (pair.first, pair.second))
     assert len({round(pair.probability, 6) for pair in pairs}) == 7  # rewards 0 to 3 differ by -3 to 3
     for probability in {round(pair.probability, 6) for pair in pairs}:
         drawn = [pair.first_is_preferred for pair in pairs if round(pair.probability, 6) == probability]
         assert abs(np.mean(drawn) - probability) < 4 * math.sqrt(probability * (1 - probability) / len(drawn))
 
 
-def test_the_reward_is_for_the_fact_and_for_saying_nothing_else():
+def test_the_reward_is_for_the_facts_and_for_saying_nothing_else():
     answers = ("5.", "I think that it is 5.", "15.", "I think that it is 4.")
     assert [reward(answer, "5") for answer in answers] == [3, 2, 1, 0]
+    answers = ("Rita, pink.", "I think that it is Rita, pink.", "Tom, pink.", "I think that it is Rita, green.")
+    assert [reward(answer, "Rita, pink") for answer in answers] == [3, 2, 1, 0]
 
 
 # As a corpus

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from gptlab.data.tokens import TokenFile
 from gptlab.data.windows import (
+    DocumentWindows,
     JoinedWindows,
     ScoringOrder,
     TrainingOrder,
@@ -24,6 +25,7 @@ from gptlab.data.windows import (
     permute,
     window_count,
 )
+from gptlab.tokenizer import EOS_ID
 
 
 def flat(lists) -> list[int]:
@@ -175,6 +177,44 @@ def test_validation_scores_every_target_once(n, block_size, batch_size, world):
             scored += batch["targets"][keep].tolist()
     assert sorted(scored) == list(range(1, n))  # the first token is no target
     assert len(lengths) == 1  # ranks that wait for each other do so equally often
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.booleans(), st.integers(1, 12), st.integers(1, 15))
+def test_document_windows_are_the_loop(sizes, is_cut, block_size, stride):
+    """Of documents of these sizes; `is_cut` takes the end of the last."""
+    text = flat([*range(5, 5 + size), EOS_ID] for size in sizes)[: -1 if is_cut else None]
+    begins = [0, *(at for at, token in enumerate(text[:-1]) if token == EOS_ID)]
+    starts = []
+    for begin, last in itertools.pairwise([*begins, len(text) - 1]):
+        starts.append(begin)
+        while starts[-1] + block_size < last:  # until `last`, the document's end token, is a target
+            starts.append(starts[-1] + stride)
+    expected = [text[start : start + block_size + 1] for start in starts if start + block_size < len(text)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptlab.data.windows.SCAN", 7)  # so that ends lie in several pieces of the file
+        dataset = DocumentWindows(np.array(text, dtype=np.uint16), block_size, stride)
+    found = [dataset[i] for i in range(len(dataset))]
+    assert [[*item["tokens"].tolist(), item["targets"][-1].item()] for item in found] == expected
+    assert all(item["loss_mask"].all() and item["tokens"][1:].equal(item["targets"][:-1]) for item in found)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 30), max_size=8), st.booleans(), st.integers(1, 12), st.integers(1, 5))
+def test_document_windows_alone_score_every_target_once_after_what_its_document_said(
+    sizes, is_cut, block_size, batch_size
+):
+    text = np.array(flat([*range(5, 5 + size), EOS_ID] for size in sizes)[: -1 if is_cut else None], dtype=np.uint16)
+    text = np.where(text == EOS_ID, EOS_ID, 100 + np.arange(len(text)))  # so that a token tells its place
+    dataset = DocumentWindows(text, block_size, block_size, alone=True)
+    scored = []
+    for batch in WindowLoader(dataset, ScoringOrder(len(dataset), batch_size), num_workers=0, pin_memory=False):
+        assert batch["tokens"].shape == (batch_size, block_size)
+        for tokens, targets, mask in zip(*batch.values(), strict=True):
+            assert EOS_ID not in tokens[mask][1:]
+            scored += targets[mask].tolist()
+    assert sorted(scored) == sorted(text[1:].tolist())  # the first token is no target
+    assert dataset.dropped_tokens == 0 or len(text) < 2
 
 
 # The order

@@ -52,7 +52,7 @@ def check_shards(
         known = [None if again else _remembered(place) for place in places]
         todo = [number for number, found in enumerate(known) if found is None]
         size = sum(shards[number].ids.n_bytes for number in todo)
-        token_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+        token_bytes = bytes_of_tokens(tokenizer)
         start = time.monotonic()
         hidden = not sys.stderr.isatty()
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="ids", delay=1, leave=False, disable=hidden)
@@ -74,6 +74,11 @@ def check_shards(
     return known
 
 
+def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """Of how many bytes of text each token is."""
+    return np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+
+
 def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: Callable[[int], object]) -> Checked:
     """Read a shard from end to end. Raises ValueError, naming the file, for an id or a sidecar that is not right.
 
@@ -86,7 +91,7 @@ def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: C
         digest.update(file.read(ids.first_byte))
     for start, block in ids.blocks():
         digest.update(block.data)
-        _require_known(shard.path, ids, start, block, len(token_bytes))
+        require_known(ids, start, block, len(token_bytes))
         here = min(max(cut - start, 0), len(block))
         for row, part in zip(times, (block[:here], block[here:]), strict=True):
             for first in range(0, len(part), COUNTED):
@@ -110,14 +115,15 @@ def check_shard(shard: Shard, cut: int | None, token_bytes: np.ndarray, count: C
     return found
 
 
-def _require_known(path: Path, ids: TokenFile, start: int, block: np.ndarray, vocab_size: int) -> None:
+def require_known(ids: TokenFile, start: int, block: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError where a block of `ids`, which begins at `start`, has one that is no token."""
     if block.max() < vocab_size and (block.dtype.kind == "u" or block.min() >= 0):
         return
     index = int(np.flatnonzero((block >= vocab_size) | (block < 0))[0])
     at, place = start + index, ids.first_byte + (start + index) * ids.dtype.itemsize
     raise ValueError(
-        f"{path}: the id at place {at:,} (byte {place:,}) is {int(block[index])}, and the tokenizer has the ids 0 to "
-        f"{vocab_size - 1}; give tokenizer.path the one that made the ids, or write them anew"
+        f"{ids.path}: the id at place {at:,} (byte {place:,}) is {int(block[index])}, and the tokenizer has the ids 0 "
+        f"to {vocab_size - 1}; give tokenizer.path the one that made the ids, or write them anew"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.data.checking import Checked, check_shards, hash_of
+from gptlab.data.checking import Checked, bytes_of_tokens, check_shard, check_shards, hash_of
 from gptlab.data.shards import Shard, open_shards
 from gptlab.data.tokens import Joined, Prepared, TokenFile, fingerprint_of, open_prepared
 from gptlab.run import write_json
@@ -147,6 +147,18 @@ def _refuse_copies(shards: list[Shard], known_by: list, training: int) -> None:
             raise ValueError(
                 f"{shard.path} is held out, and the same as {same}, which is trained on: leave it out of one of them"
             )
+
+
+def faults_of(shards: list[Shard], tokenizer: Tokenizer) -> list[str]:
+    """What is wrong with each of them, where a run only hears of the first."""
+    found, token_bytes = [], bytes_of_tokens(tokenizer)
+    for shard in shards:
+        try:
+            _require_fitting(shard, tokenizer)
+            check_shard(shard, None, token_bytes, lambda size: None)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 @dataclass(frozen=True)

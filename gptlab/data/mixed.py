@@ -12,7 +12,10 @@ from gptlab.data.tokens import SplitText
 from gptlab.data.windows import JoinedWindows
 from gptlab.tokenizer import Tokenizer
 
-OF_ALL = ("mix", "stream", "tokens", "validation_tokens", "batch_size", "stride", "prepare_workers", "num_workers")
+OF_ALL = (
+    *("mix", "stream", "tokens", "validation_tokens", "batch_size", "begin", "stride"),
+    *("prepare_workers", "num_workers"),
+)
 OF_A_SOURCE = tuple(name for name in (field.name for field in fields(DataConfig)) if name not in OF_ALL)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.formats import Reading
 from gptlab.data.mixture import Mixture
-from gptlab.data.tokens import Prepared, prepare
-from gptlab.data.windows import JoinedWindows, ScoringOrder, TrainingOrder, WindowDataset, WindowLoader, windows_in
+from gptlab.data.tokens import Prepared, TokenFile, prepare
+from gptlab.data.windows import (
+    DocumentWindows,
+    JoinedWindows,
+    ScoringOrder,
+    TrainingOrder,
+    WindowDataset,
+    WindowLoader,
+    windows_in,
+)
 from gptlab.files import cache_dir
 from gptlab.tokenizer import Tokenizer
 
@@ -43,6 +52,7 @@ class DataConfig:
     deduplicate: str | None = None  # null | exact | near: which copies of earlier documents are left out
     similarity: float = 0.8  # of near copies, from 0 to 1: runs of five words that both have, of those either has
     batch_size: int = 16  # sequences a rank and micro-batch
+    begin: str = "anywhere"  # anywhere | document: where windows begin; a long document gives several
     stride: int | None = None  # tokens between the starts of two training windows; null: half a block
     text_bytes: int | None = None  # about how large the source's text is; for depth, which is told before it is read
     prepare_workers: int | None = None  # processes that turn text into tokens; null: one a processor, for much text
@@ -104,8 +114,19 @@ class TextDataModule(LightningDataModule):
         assert isinstance(self.prepared, Prepared)
         self.train_windows, self.validation_windows = self.windows_of(self.prepared, self.config)
 
+    @property
+    def cuts(self) -> tuple[Callable[[TokenFile], WindowDataset], Callable[[TokenFile], WindowDataset]]:
+        """How ids are cut into windows: those of training, and those of validation."""
+        size = self.block_size
+        if self.config.begin == "document":
+            kind, all_of_it = DocumentWindows, {"alone": True}
+        else:
+            kind, all_of_it = WindowDataset, {"keep_tail": True}
+        training = partial(kind, block_size=size, stride=self.stride)
+        return training, partial(kind, block_size=size, stride=size, **all_of_it)
+
     def windows_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> tuple[Windows, Windows]:
-        train = windows_in(prepared.train, self.block_size, self.stride)
+        train = windows_in(prepared.train, self.cuts[0])
         if not len(train):
             raise ValueError(
                 f"the training split{of} has {len(prepared.train):,} tokens and one window of "
@@ -114,7 +135,7 @@ class TextDataModule(LightningDataModule):
         return train, self.held_out_of(prepared, config, of)
 
     def held_out_of(self, prepared: Prepared, config: DataConfig, of: str = "") -> Windows:
-        validation = windows_in(prepared.validation, self.block_size, self.block_size, keep_tail=True)
+        validation = windows_in(prepared.validation, self.cuts[1])
         if not len(validation):
             raise ValueError(
                 f"the validation split{of} has {len(prepared.validation)} tokens and needs at least 2: raise "
@@ -191,6 +212,7 @@ class TextDataModule(LightningDataModule):
         return {
             "fingerprint": self.fingerprint,
             "block_size": self.block_size,
+            "begin": self.config.begin,
             "stride": self.stride,
             "seed": self.seed,
             "windows_a_step": step,
@@ -212,10 +234,11 @@ class TextDataModule(LightningDataModule):
     def require_same(self, state: dict[str, Any], trainer: Trainer) -> None:
         """Raise ValueError unless `state`, of a checkpoint, is of the data and order that are here now."""
         for name, now in self.identity(trainer).items():
-            if state.get(name) != now:
-                files = self.files_that_differ(state[name]) if name == "fingerprint" else ""
+            before = state.get(name, "anywhere" if name == "begin" else None)  # older checkpoints do not say where
+            if before != now:
+                files = self.files_that_differ(before) if name == "fingerprint" else ""
                 raise ValueError(
-                    f"the run was trained on data with {name} {state[name]} and now finds {now}: it would not be the "
+                    f"the run was trained on data with {name} {before} and now finds {now}: it would not be the "
                     f"same run; restore the data and settings, or start a new run with init_from\n{files}".strip()
                 )
 
@@ -276,6 +299,8 @@ def check(config: DataConfig) -> None:
         if value is not None and value < least
     ]
     faults += said_of_other_data(config)
+    if config.begin not in ("anywhere", "document"):
+        faults.append(f"data.begin={config.begin!r} is none of anywhere, document")
     if not 0 < config.validation_fraction < 1:
         faults.append(f"data.validation_fraction={config.validation_fraction} is not between 0 and 1")
     if faults:

@@ -45,19 +45,19 @@ STORIES = {
 # After the story come LINES_A_STORY of these, each drawn anew. Q: asks, A: answers, T: calls a tool, O: is its output.
 LINES = {
     "en": (
-        "Q: Who has something {colour*}?\nA: {name*}.\n",
-        "Q: What colour has {name*}?\nA: {colour*}.\n",
+        "Q: Who has something {colour*}?\nA: {name*}, {colour*}.\n",
+        "Q: What colour has {name*}?\nA: {name*}, {colour*}.\n",
         "Q: How many are {colour1}?\nA: {n}.\n",
-        "Q: How many with {x} more?\nA: {n+x}.\n",
+        "Q: How many has {name1} with {x} more?\nA: {n+x}.\n",
         "Q: Add {x} by tool.\nT: add({n}, {x})\nO: {n+x}\nA: {n+x}.\n",
         "Drum: {k*ta}\nQ: How often?\nA: {#k}.\n",
         "Count to {x}: {1..x}.\n",
     ),
     "es": (
-        "Q: ¿Quién tiene algo {colour*}?\nA: {name*}.\n",
-        "Q: ¿Qué color tiene {name*}?\nA: {colour*}.\n",
+        "Q: ¿Quién tiene algo {colour*}?\nA: {name*}, {colour*}.\n",
+        "Q: ¿Qué color tiene {name*}?\nA: {name*}, {colour*}.\n",
         "Q: ¿Cuántas hay de color {colour1}?\nA: {n}.\n",
-        "Q: ¿Cuántas con {x} más?\nA: {n+x}.\n",
+        "Q: ¿Cuántas tiene {name1} con {x} más?\nA: {n+x}.\n",
         "Q: Suma {x} a máquina.\nT: add({n}, {x})\nO: {n+x}\nA: {n+x}.\n",
         "Oye: {k*ta}\nQ: ¿Cuántas?\nA: {#k}.\n",
         "Cuenta hasta {x}: {1..x}.\n",
@@ -250,9 +250,9 @@ class Preference:
 
 
 def reward(answer: str, truth: str) -> float:
-    """2 for an answer that tells the fact asked for, and 1 for one that says nothing else."""
-    words = re.findall(r"\w+", answer)
-    return 2.0 * (truth in words) + 1.0 * (len(words) == 1)
+    """2 for an answer that tells the true facts, and 1 for one that says nothing else."""
+    words, facts = re.findall(r"\w+", answer), re.findall(r"\w+", truth)
+    return 2.0 * (set(facts) <= set(words)) + 1.0 * (len(words) == len(facts))
 
 
 def preference(seed: int, index: int) -> Preference:
@@ -276,7 +276,8 @@ def preference(seed: int, index: int) -> Preference:
 def _answer(rng: random.Random, language: str, truth: str) -> str:
     said = truth
     if rng.random() < 0.5:
-        kinds = [words for words in WORDS[language].values() if truth in words]
-        others = kinds[0] if kinds else [str(int(truth) + off) for off in (-2, -1, 1, 2)]
-        said = rng.choice([other for other in others if other != truth])
+        fact = rng.choice(re.findall(r"\w+", truth))  # "Rita, pink" may be wrong in either
+        kinds = [words for words in WORDS[language].values() if fact in words]
+        others = kinds[0] if kinds else [str(int(fact) + off) for off in (-2, -1, 1, 2)]
+        said = truth.replace(fact, rng.choice([other for other in others if other != fact]))
     return f"{said}." if rng.random() < 0.5 else HEDGES[language].format(said)

@@ -234,6 +234,8 @@ def faults_of_any_stream(config: DataConfig, word: str) -> list[str]:
             f"data={word} needs data.validation_files: a share of a text can only be held out by reading all of it "
             "first, as other data=<name> do; give files that are not trained on"
         )
+    if config.begin != "anywhere":
+        faults.append(f"data.begin={config.begin}: data={word} cuts windows where the last one ended; leave it out")
     if config.stride is not None:
         faults.append(f"data.stride={config.stride}: windows of data={word} stand side by side; leave it out")
     return faults

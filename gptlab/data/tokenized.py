@@ -8,6 +8,8 @@ from gptlab.data.module import TextDataModule
 class TokenizedDataModule(TextDataModule):
     """Windows of files of ids, which stay where they are. No text is read, so `sources` has none."""
 
+    again = False  # whether to read all ids even if they were read before, and checked
+
     def named(self, source: Source | None) -> dict[str, Source]:
         return {}
 
@@ -20,4 +22,5 @@ class TokenizedDataModule(TextDataModule):
             validation_files=self.config.validation_tokens,
             validation_fraction=self.config.validation_fraction,
             cache=self.cache,
+            again=self.again,
         )

@@ -4,7 +4,7 @@ Shapes: B batch, T time (block_size).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gptlab.data.tokens import Joined, TokenFile
+from gptlab.tokenizer import EOS_ID
 
 ROUNDS = 8  # four are visibly biased for a handful of windows
 CHUNK = 4096  # positions permuted at a time: a few microseconds a batch, whatever the corpus
+SCAN = 2**24  # tokens looked through at a time for the ends of documents
 READ_AHEAD = 2**16  # tokens gathered at a time, as many batches as that is: half a MiB, and a mask
 
 
@@ -60,6 +62,39 @@ class WindowDataset(Dataset):
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
 
 
+class DocumentWindows(WindowDataset):
+    """Windows that begin with a document, after the end token before it, so that all which it tells is seen.
+
+    Each document begins one, and a document of more than T tokens others, every `stride` tokens of it, up to its end.
+    What follows a short document in its window is the next ones, the last of them cut off. With `alone` that is masked,
+    and so is window -1: together with stride == T every target of the file is scored exactly once.
+    """
+
+    def __init__(self, tokens: TokenFile, block_size: int, stride: int, alone: bool = False):
+        super().__init__(tokens, block_size, stride)
+        ends = [at + np.flatnonzero(tokens[at : at + SCAN] == EOS_ID) for at in range(0, len(tokens) - 1, SCAN)]
+        begins = np.concatenate([[0], *ends]).astype(np.int64)
+        begins = begins[begins < len(tokens) - 1]  # the last end token begins none
+        sizes = np.diff(begins, append=len(tokens) - 1) if len(begins) else begins
+        counts = 1 + np.maximum(0, -(-(sizes - block_size) // stride))
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(begins, counts) + stride * within
+        last = np.repeat(begins + sizes, counts) if alone else starts + block_size  # target of each that is scored
+        fits = last < len(tokens)
+        self.alone, self.starts, self.last = alone, starts[fits], last[fits]
+        self.whole = len(self.starts)
+        self.tail_tokens = len(tokens) - 1 - (int(self.last[-1]) if self.whole else 0)
+        self.dropped_tokens = self.tail_tokens if self.whole else len(tokens)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        numbers = np.asarray(indices)
+        at = self.starts[numbers][:, None] + np.arange(self.block_size + 1)
+        inside = (at <= self.last[numbers][:, None]) & (numbers >= 0)[:, None]
+        windows = torch.from_numpy(self.tokens[np.where(inside, at, 0)].astype(np.int64))
+        mask = torch.from_numpy(inside[:, 1:])
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_mask": mask}
+
+
 class JoinedWindows(Dataset):
     """The windows of several datasets of one block size, numbered through; none lies across two of them.
 
@@ -98,11 +133,9 @@ class JoinedWindows(Dataset):
         return batch
 
 
-def windows_in(
-    tokens: TokenFile | Joined, block_size: int, stride: int, keep_tail: bool = False
-) -> WindowDataset | JoinedWindows:
-    """The windows of one side of the data, whether it is one file or several."""
-    parts = [WindowDataset(part, block_size, stride, keep_tail) for part in tokens.parts]
+def windows_in(tokens: TokenFile | Joined, cut: Callable[[TokenFile], WindowDataset]) -> WindowDataset | JoinedWindows:
+    """The windows of one side of the data, whether it is one file or several, each cut by `cut`."""
+    parts = [cut(part) for part in tokens.parts]
     return parts[0] if len(parts) == 1 else JoinedWindows(parts)
 
 
@@ -135,13 +168,13 @@ def permute(positions: np.ndarray, count: int, key: str) -> np.ndarray:
     while walking.any():
         left, right = values[walking] >> np.uint64(half), values[walking] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
         values[walking] = (left << np.uint64(half)) | right
         walking = values >= np.uint64(count)
     return values.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every bit of x reaches every bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
