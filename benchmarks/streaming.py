@@ -2,10 +2,10 @@
 
 The text is Python's standard library over and over in JSON lines, each document with a number of its own in front.
 `speed` is tokens that a loader of one reader gives in a second of one core's time, by tokenizer, beside what the
-tokenizer alone encodes, document by document. `wait` trains on a stream and on the built files of the same text, in
-turns: tokens a second, and the share of its time that it waits for batches, by Lightning's own profiler, the first
-block of 256 windows with it. `memory` is the largest resident memory of a process that streams all of a text, which
-grows with the text or does not. `resume` is how long it takes to the first batch from the middle of a file.
+tokenizer alone encodes, document by document. `wait` trains on a stream, in blocks of 256 windows, and on the built
+files of the same text, in turns: tokens a second, and the share of the time that goes by waiting for batches, the first
+block with them, by Lightning's own profiler. `memory` is the largest resident memory of a process that streams all of a
+text, which grows with the text or does not. `resume` is how long it takes to the first batch from within a file.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from gptlab.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 BATCH, BLOCK, BUFFER = 16, 1024, 256
 PARTS = ("speed", "wait", "memory", "resume")
-STREAMED = """
-import resource, sys, time
+STREAMED = r"""
+import re
+import sys
 sys.path[:0] = sys.argv[4:]
 from streaming import loader_of
 from gptlab.tokenizer import load_tokenizer
@@ -40,7 +41,7 @@ loader = loader_of(sys.argv[1], load_tokenizer(sys.argv[2]), int(sys.argv[3]))
 for _ in loader:
     pass
 loader.close()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) / 1024)
 """
 
 

@@ -426,6 +426,21 @@ def test_reading_goes_on_beside_training_and_ends_with_the_loader(folder, loader
     assert threading.active_count() == before
 
 
+def test_no_file_stays_open_when_reading_ends(tmp_path, loaders):
+    """A generator that is left alone would close its file when Python ends, and fail with modules that are gone."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a few words"}\n' * 5000)
+    loader = loaders(f"{tmp_path}/a.jsonl")
+    batches = iter(loader)
+    next(batches)
+
+    def is_open() -> bool:
+        return any(path.resolve() == tmp_path / "a.jsonl" for path in Path("/proc/self/fd").iterdir() if path.exists())
+
+    assert is_open()
+    loader.close()
+    assert not is_open()
+
+
 # Shards elsewhere
 
 

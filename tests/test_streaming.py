@@ -209,7 +209,7 @@ def test_the_page_s_command_runs(tmp_path):
     (tmp_path / "texts/held-out.txt").rename(tmp_path / "held-out.txt")
     few = ("tokenizer=byte", "compile=false", "model.n_layer=1", "model.n_embd=16", "model.n_head=1")
     done = door("train", *shlex.split(command)[3:], *few, "trainer.max_steps=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].startswith("run: ")
 
 

@@ -8,7 +8,7 @@ a number, with the place for each reader where the block of its next window begi
 Shapes: B batch, T time (block_size).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,10 +69,12 @@ class Reader:
         self._copies = Copies(text.cache)
         self._closed = Event()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self._under_way: list[Generator[Block, None, None]] = []
 
     def blocks(self, first: int, place: Place) -> Iterator[Block]:
         """The blocks from number `first` on, which begins at `place`. Each is made while the one before is used."""
         blocks = self._blocks(first, place)
+        self._under_way.append(blocks)
         coming = self._pool.submit(next, blocks)
         while True:
             block = coming.result()
@@ -84,8 +86,10 @@ class Reader:
         self._closed.set()
         self._copies.close()
         self._pool.shutdown(cancel_futures=True)
+        for blocks in self._under_way:
+            blocks.close()  # and with them the file that they read
 
-    def _blocks(self, first: int, place: Place) -> Iterator[Block]:
+    def _blocks(self, first: int, place: Place) -> Generator[Block, None, None]:
         text, span = self.text, self.text.block_size
         dtype = np.dtype("<u2" if text.tokenizer.vocab_size <= 2**16 else "<u4")
         shape, strides = (text.buffer, span + 1), (span * dtype.itemsize, dtype.itemsize)
