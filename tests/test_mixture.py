@@ -317,6 +317,7 @@ def test_a_mixture_is_prepared_and_told_source_by_source(texts):
     assert "that of each source" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_mixture_that_is_given_when_none_is_named_can_be_prepared():
     done = door("prepare", "data=mix", "tokenizer=byte", timeout=300)
     assert done.returncode == 0, done.stderr

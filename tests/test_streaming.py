@@ -107,6 +107,7 @@ def test_compiled_and_with_a_tokenizer_of_its_own(train, tmp_path, files):
     assert train(tmp_path / "run", *STREAM, *files, *options, "data.stream.sample_bytes=1000") == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_run_of_one(tmp_path):
     """With a reader each, and going on in one process from what they saved."""
     folder = lay_out(tmp_path / "ranks")

@@ -420,6 +420,7 @@ def test_a_stream_is_refused():
     assert "without data=stream" in done.stderr
 
 
+@pytest.mark.slow
 def test_copies_of_generated_text_in_a_mixture_are_chance(judge):
     mix = "{stories: {source: {_target_: gptlab.data.stories.Stories, documents: 3000, seed: 1}}, pydocs: 1}"
     code, report = judge(f"data.mix={mix}", "tokenizer=byte")
