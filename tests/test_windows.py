@@ -184,7 +184,7 @@ def test_validation_scores_every_target_once(n, block_size, batch_size, world):
 def test_document_windows_are_the_loop(sizes, is_cut, block_size, stride):
     """Of documents of these sizes; `is_cut` takes the end of the last."""
     text = flat([*range(5, 5 + size), EOS_ID] for size in sizes)[: -1 if is_cut else None]
-    begins = [0, *(at for at, token in enumerate(text[:-1]) if token == EOS_ID)]
+    begins = [0, *(at for at, token in enumerate(text[:-1]) if token == EOS_ID and at)]
     starts = []
     for begin, last in itertools.pairwise([*begins, len(text) - 1]):
         starts.append(begin)
