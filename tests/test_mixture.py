@@ -325,6 +325,7 @@ def test_the_mixture_that_is_given_when_none_is_named_can_be_prepared():
     assert "stories" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_on_text_that_has_moved_goes_on(texts, tmp_path):
     common = (*SMALL, mix_of(texts), "schedule=constant", "run_dir=run", "trainer.max_steps=2")
     assert door("train", *common).returncode == 0

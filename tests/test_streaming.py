@@ -68,6 +68,7 @@ class Killed(Trial):
         yield seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, files, readers):
     options = ("data=stream", *files, "data.stream.buffer=13", f"data.stream.readers={readers}")

@@ -75,7 +75,10 @@ def test_a_sound_corpus_is_sound(judge, sound, own):
         assert report["tokens"] == len(data.prepared.train) + len(data.prepared.validation)
 
 
-@pytest.mark.parametrize("own", [("data=pydocs",), ("data=code", f"data.source.folders={REPOSITORY}/gptlab")])
+@pytest.mark.parametrize(
+    "own",
+    [pytest.param(("data=pydocs",), marks=pytest.mark.slow), ("data=code", f"data.source.folders={REPOSITORY}/gptlab")],
+)
 def test_the_corpora_at_hand_are_sound(judge, own):
     code, report = judge(*own, "model.block_size=64")
     assert (code, report["findings"]) == (0, [])
