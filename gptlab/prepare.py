@@ -93,7 +93,7 @@ def stored_report(data: TextDataModule, prepared: Prepared | Mixture) -> dict[st
     path = data.report_folder / "tokenizer_report.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] == tokenizer_report.FORMAT and (prepared.folder / "tokenizer.html").is_file():
+        if found["format"] == tokenizer_report.FORMAT and path.with_name("tokenizer.html").is_file():
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass

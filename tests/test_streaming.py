@@ -307,5 +307,9 @@ def test_the_report_on_a_tokenizer_is_of_the_text_that_is_given_now(files, tmp_p
         (tmp_path / f"{number}.txt").write_text(prose(100 * number))
         done = door("prepare", *SMALL, *STREAM, f"data.files={tmp_path}/{number}.txt", files[1])
         assert done.returncode == 0, done.stderr
+        page = Path(re.search(r"tokenizer: (\S+)", done.stdout)[1])
+        made = page.stat().st_mtime_ns
+        door("prepare", *SMALL, *STREAM, f"data.files={tmp_path}/{number}.txt", files[1])
+        assert page.stat().st_mtime_ns == made  # what is there is not made again
         said.append(re.search(r"the tokenizer on ([\d,]+) bytes", done.stdout)[1])
     assert said[0] != said[1]

@@ -21,6 +21,7 @@ from torch import Tensor
 from gptlab.data.corpus import Source
 from gptlab.data.module import DataConfig, TextDataModule, data_rank, tensor_ranks, validation_source
 from gptlab.data.remote import content_of, is_remote
+from gptlab.data.stream import Ordered
 from gptlab.data.streaming import StreamedDataModule, faults_of_any_stream
 from gptlab.data.windows import TrainingOrder
 from gptlab.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +64,7 @@ class LitStream:
         return LitDataModule
 
 
-class LitLoader:
+class LitLoader(Ordered):
     """A sized loader over litdata's own, which is begun anew each epoch; its state is of what was trained on.
 
     litdata counts batches as it yields them, and changes a state that it has been given. So a copy is kept of the
@@ -74,14 +75,6 @@ class LitLoader:
         self.make, self.order, self.vocab_size = make, order, vocab_size
         self.progress: Callable[[], int] = lambda: 0
         self._states: deque[tuple[int, dict[str, Any] | None]] = deque([(0, None)], maxlen=KEPT)
-
-    @property
-    def sampler(self) -> TrainingOrder:
-        """Where Lightning looks for `set_epoch`."""
-        return self.order
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self.order

@@ -153,7 +153,20 @@ class Reader:
         self._copies.drop(file)
 
 
-class StreamLoader:
+class Ordered:
+    """What Lightning asks of a loader whose micro-batches follow from an order: how many, and where to `set_epoch`."""
+
+    order: TrainingOrder
+
+    @property
+    def sampler(self) -> TrainingOrder:
+        return self.order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+class StreamLoader(Ordered):
     """Batches of a text's windows, for one rank: of micro-batch k, which has G = B * world, every world-th window.
 
     It is sized: an epoch is as many micro-batches as `order` says. `progress` tells how many of them are processed, and
@@ -171,14 +184,6 @@ class StreamLoader:
         self._starts: dict[int, dict[int, Place]] = {number: {0: Place()} for number in own}
         self._blocks: dict[int, Iterator[Block]] = {}
         self._block: dict[int, Block] = {}
-
-    @property
-    def sampler(self) -> TrainingOrder:
-        """Where Lightning looks for `set_epoch`."""
-        return self.order
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self.order
