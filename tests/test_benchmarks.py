@@ -181,7 +181,8 @@ def test_streaming():
     small = ("--megabytes=2", "--rounds=1", "--shapes", "test", "--steps=2", "--sizes", "2")
     speed, wait, memory, resume = tables(run("streaming", *small))
     assert set(speed) == {"sentencepiece bpe", "sentencepiece unigram", "hf", "byte"}
-    assert 0.3 < number(speed["sentencepiece bpe"][2]) < 1.5
+    for stream, alone, ratio in speed.values():  # of one round, on a machine that may be loaded
+        assert number(ratio) == pytest.approx(number(stream) / number(alone), rel=0.05, abs=0.01)
     assert number(wait["test, built"][1]) == 1
     assert 0 <= number(wait["test, stream"][2]) < 100
     assert number(memory["2"][0]) > 100

@@ -407,22 +407,22 @@ def test_reading_goes_on_beside_training_and_ends_with_the_loader(folder, loader
     class Slow(Files):
         def read(self, path):
             for number, document in enumerate(super().read(path)):
-                time.sleep(0.05)
+                time.sleep(0.5)
                 yield Document(document.name, document.text * 5 if number % 2 else document.text)
 
     before = threading.active_count()
     loader = loaders(f"{folder}/*.jsonl", 2, buffer=20, source=Slow(f"{folder}/*.jsonl"))
     batches = iter(loader)
     next(batches)
-    time.sleep(0.5)  # a step
+    time.sleep(1.5)  # a step
     start = time.monotonic()
     for _ in range(10):
         next(batches)
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 0.4  # less than a document takes
     assert threading.active_count() > before
     start = time.monotonic()
     loader.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3
     assert threading.active_count() == before
 
 
