@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gptlab.files import require_space, write_listed
-from gptlab.model import GPT, GPTConfig
+from gptlab.model import GPT, GPTConfig, rotary_tables
 from gptlab.tokenizer import Tokenizer, tokenizer_from_state
 
 OWN_KEY = "gptlab"  # our part of a checkpoint: {format, model, tokenizer, ...}
@@ -61,11 +61,14 @@ def _require_as_torch_writes(path: Path) -> None:
         raise ValueError("its parts claim more bytes than the file has")
 
 
-def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The checkpoint in `path`; never runs code that it holds. Raises ValueError when it is none of ours or damaged."""
+def load(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
+    """The checkpoint in `path`; never runs code that it holds. Raises ValueError when it is none of ours or damaged.
+
+    With `mapped` the tensors stay in the file, from which they are read when they are used.
+    """
     try:
         _require_as_torch_writes(path)
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -127,23 +130,46 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]:
-    """The network, in eval mode, and the tokenizer of a checkpoint file."""
-    checkpoint = load(path)
-    model = GPT(model_config(checkpoint), trust)
+    """The network, in eval mode, and the tokenizer of a checkpoint file; of the rest of it nothing is read."""
+    checkpoint = load(path, mapped=True)
     try:
-        model.load_state_dict(model_weights(checkpoint))
+        model = build(model_config(checkpoint), model_weights(checkpoint), trust)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit their own config ({error})") from error
-    return model.eval(), tokenizer_from_state(checkpoint[OWN_KEY]["tokenizer"], trust)
+    return model, tokenizer_from_state(checkpoint[OWN_KEY]["tokenizer"], trust)
+
+
+def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] = ()) -> GPT:
+    """A network, in eval mode, whose parameters are `weights` themselves, and no copies. RuntimeError if they don't fit."""
+    with torch.device("meta"):
+        model = GPT(config, trust)
+    if all(type(part).__module__.startswith(("gptlab.", "torch.")) for part in model.modules()):
+        model.load_state_dict(weights, assign=True)
+        if model.rotary is not None:
+            model.rotary = rotary_tables(config)
+    else:  # somebody's own part may make tensors that no checkpoint holds
+        model = GPT(config, trust)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 def find(run: Path, which: str = "best") -> Path:
-    """The checkpoint file that RUN means: RUN itself, or in a run folder best.ckpt if there is one, else last.ckpt."""
+    """The checkpoint file that RUN means: RUN itself, or in a run folder best.ckpt if there is one, else last.ckpt.
+
+    `which` is best, last, or a file, in the run's folder of checkpoints or elsewhere.
+    """
     if run.is_file():
         return run
     if not run.exists():
         raise ValueError(f"{run}: no such run folder or checkpoint")
+    folder = run / "checkpoints"
+    if which not in ("best", "last"):
+        for path in (folder / which, Path(which)):
+            if path.is_file():
+                return path
+        there = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))) or "none"
+        raise ValueError(f"{run}: has no checkpoint {which}; there are {there}")
     for name in (which, "last"):
-        if (path := run / "checkpoints" / f"{name}.ckpt").is_file():
+        if (path := folder / f"{name}.ckpt").is_file():
             return path
     raise ValueError(f"{run}: holds no checkpoints/last.ckpt; is it a run folder, and has the run saved yet?")

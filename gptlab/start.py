@@ -19,11 +19,16 @@ last_words: str | None = None  # a line that is owed, however the process ends
 
 
 def begin(door: str) -> None:
-    """Answer --help and --version and exit; otherwise end without a traceback if a signal comes during the imports."""
+    """Answer --help and --version and exit; otherwise `before_imports`."""
     if page := manual.answer(door, sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may have seen enough
         print(page)
         sys.exit(0)
+    before_imports()
+
+
+def before_imports() -> None:
+    """End without a traceback if a signal comes during the imports, and let them be quick."""
     if os.environ.get("GPTLAB_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are pages of addresses
     gc.disable()  # until `imported`: what modules make stays, and looking for garbage in it takes a fifth of the time
