@@ -10,10 +10,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gptlab import __version__, start
 from gptlab.signals import SIGNALS, Interrupted
+
+if TYPE_CHECKING:
+    from gptlab.loading import Loaded
 
 DONE, FAILED, BAD_INPUT, CTRL_C = 0, 1, 2, 130
 MESSAGE_LINES = 15
@@ -45,6 +48,30 @@ class Options(argparse.ArgumentParser):
             metavar="PACKAGE",
             help="allow classes of this package, besides gptlab and experiments",
         )
+
+    def add_sampling(self) -> None:
+        """How tokens are drawn; the fields of `gptlab.sampling.Sampling`, by whose names they are found."""
+        add = self.add_argument
+        add("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token (0.8)")
+        add("--top-k", type=int, metavar="K", help="of the K likeliest tokens alone")
+        add("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest that together have probability P")
+        add("--min-p", type=float, default=0.0, metavar="P", help="of those with P times the likeliest's probability")
+        add("--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1: tokens come again less often")
+        add("--seed", type=int, metavar="N", help="the same text every time")
+
+    def add_decoding(self) -> None:
+        """Where and how the network computes, and what it may say."""
+        add = self.add_argument
+        add("--device", default="auto", metavar="auto|cpu|cuda|mps", help="auto: a GPU where there is one")
+        add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and products (float32)")
+        add("--threads", type=int, metavar="N", help="of the processor; all, if not given")
+        add(
+            "--safety-mode",
+            default="off",
+            choices=("off", "standard", "strict"),
+            help="standard: no control tokens; strict: lengths are capped, loops and --blocklist end it; a filter, no more",
+        )
+        add("--blocklist", metavar="FILE", help="words and phrases, a line each, that strict mode does not let pass")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         words = list(sys.argv[1:] if args is None else args)
@@ -82,6 +109,20 @@ def begin(options: Options) -> argparse.Namespace:
     """The command line, read before the imports, which take seconds; a signal during them ends without a traceback."""
     start.before_imports()
     return options.parse_args()
+
+
+def load(arguments: argparse.Namespace) -> "Loaded":
+    """RUN, where and how the options say. Raises ValueError for what of them cannot be."""
+    import torch  # here, since they take a second
+
+    from gptlab import loading
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads} must be at least 1")
+        torch.set_num_threads(arguments.threads)
+    device, dtype = loading.device_of(arguments.device), getattr(torch, arguments.dtype)
+    return loading.load(arguments.run, arguments.checkpoint, tuple(arguments.trust), device, dtype)
 
 
 def interrupt(signum: int, frame: object) -> None:
