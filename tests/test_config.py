@@ -155,7 +155,7 @@ FLOORS = {
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics "
     "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
-    3: "manual start flags config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
+    3: "manual start options flags config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
     "soundness study staged train prepare validate_data generate chat __main__",
 }
 MAY_IMPORT = {
