@@ -159,7 +159,8 @@ def test_nothing_heavy_is_imported(run):
         "try: runpy.run_module('gptlab.generate', run_name='__main__', alter_sys=True)\n"
         "except SystemExit: pass\n"
         "import gptlab.chat\n"
-        "print([name for name in ('lightning', 'torchmetrics', 'hydra', 'omegaconf', 'transformers') if name in sys.modules])"
+        "heavy = ('lightning', 'torchmetrics', 'hydra', 'omegaconf', 'transformers')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
