@@ -192,7 +192,7 @@ def test_copies_of_held_out_text_leave_training(tmp_path, deduplicate):
 
 def test_a_side_of_which_nothing_is_left_is_said(tmp_path):
     for name in ("own", "held"):
-        (tmp_path / f"{name}.txt").write_text("a few words\n")
+        (tmp_path / f"{name}.txt").write_text(f"a few words of {name}\n")
     files = {"files": str(tmp_path / "own.txt"), "validation_files": str(tmp_path / "held.txt")}
     data = TextDataModule(DataConfig(**files, min_characters=1000), None, ByteTokenizer(), 4, 1, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"no text is left for train: .*lower data.min_characters"):

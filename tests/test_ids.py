@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, compose, door, prose
+from conftest import REPOSITORY, SMALL, compose, door, prose
 from test_shards import write_shard
 from trials import differences
 
@@ -496,5 +496,6 @@ def test_more_files_than_may_be_open(tmp_path, most, said):
     """The limit is raised as far as the system allows; what is beyond is said with the remedy."""
     for number in range(100):
         np.full(8, 7, "<u2").tofile(tmp_path / f"{number}.bin")
-    done = subprocess.run([sys.executable, "-c", MANY, tmp_path, str(most)], capture_output=True, text=True)
+    command = [sys.executable, "-c", MANY, tmp_path, str(most)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert said in done.stdout + done.stderr

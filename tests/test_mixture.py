@@ -259,7 +259,7 @@ def test_a_weight_can_be_swept(texts):
         ("data.mix={mix: 1}", "data.mix.mix: there is no such source"),
         (
             "data.mix={a: {files: x, min_characters: many}}",
-            "data.mix.a.min_characters='many' is not what it takes: a whole",
+            "data.mix.a.min_characters='many' is not what it takes",
         ),
         ("data.mix={a: {files: x, normalize: 3}}", "data.mix.a.normalize=3 is not what it takes: a text | null"),
         ("data.mix={a: {files: x, validation_fraction: null}}", "data.mix.a.validation_fraction=null is not what it"),
