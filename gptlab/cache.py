@@ -21,8 +21,9 @@ class LayerCache:
     def lay_out(self, heads: int) -> None:
         """Take the memory, once it is known how many of the K heads are here: a rank may hold only some."""
         B, _, S, E = self.shape
-        self.keys = torch.empty(B, heads, S, E, **self.settings)
-        self.values = torch.empty(B, heads, S, E, **self.settings)
+        # Zeros, which take no memory until they are written over: what is found in it may be NaN, and no mask keeps that out.
+        self.keys = torch.zeros(B, heads, S, E, **self.settings)
+        self.values = torch.zeros(B, heads, S, E, **self.settings)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, K, T, E); return all held so far, (B, K, S, E)."""
