@@ -81,7 +81,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The nll in nats of each target, and the likeliest token in its place, both (B, T), on the network's device."""
+        """The nll in nats of each target, and the likeliest token in its place, (B, T), on the network's device."""
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         layout = document_layout(tokens, EOS_ID)[::-1] if self.separate_documents else ()
         with self.computing():

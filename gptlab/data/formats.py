@@ -187,7 +187,7 @@ def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
 
 
 def json_lines(path: Path, count: Count = lambda size: None) -> Iterator[tuple[str, Any]]:
-    """Where each row of a file of JSON lines stands, and what it is. Raises ValueError, naming the line, for any other."""
+    """Where each row of a file of JSON lines stands, and what it is. Raises ValueError, naming the line, for others."""
     first_byte = 0
     with opened(path, count) as file:
         for number, line in enumerate(file, start=1):

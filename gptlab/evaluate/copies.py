@@ -162,7 +162,7 @@ class Hashes:
 
 
 def parts(blocks: Blocks, overlap: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """The longer text in parts, and whether each is the last: one begins with the last `overlap` - 1 bytes before it."""
+    """The longer text in parts, and whether each is the last: each begins with the `overlap` - 1 bytes before it."""
     rest = b""
     for block in blocks():
         for first in range(0, len(block), AT_ONCE):

@@ -12,7 +12,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gptlab.evaluate.subject import Subject
-from gptlab.evaluate.writing import Writer, until
+from gptlab.evaluate.writing import written
+from gptlab.sampling import Sampling
 from gptlab.tokenizer import EOS_ID
 
 MAX_TOKENS = 256  # of a generated answer whose task does not say
@@ -45,7 +46,7 @@ class HarnessModel(TemplateLM):
         return self.subject.tokenizer.encode(string).tolist()
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As that of TemplateLM, which asks transformers for nothing but a class: white space goes with what follows."""
+        """As that of TemplateLM, which imports transformers for it: white space between them goes with what follows."""
         stripped = context.rstrip()
         whole, before = self.tok_encode(context + continuation), self.tok_encode(stripped)
         return [EOS_ID, *before], whole[len(before) :]
@@ -85,17 +86,31 @@ class HarnessModel(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        found = []
-        for context, settings in (request.args for request in requests):
+        """Texts up to what the task stops at. Those that it asks for in one way are written together."""
+        found = [""] * len(requests)
+        ways: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            ways.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in ways.values():
+            settings = requests[numbers[0]].args[1]
             stops = settings.get("until") or []
-            max_tokens = min(int(settings.get("max_gen_toks", MAX_TOKENS)), self.max_length - 1)
-            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-            writer = Writer(self.subject.model, self.subject.tokenizer, max_tokens, temperature, settings.get("top_k"))
-            prompt = self.tok_encode(context)[-max(1, self.max_length - max_tokens) + 1 :]
-            written, _ = writer(prompt)
-            found.append(until(written, [stops] if isinstance(stops, str) else list(stops)))
-            self.cache_hook.add_partial("generate_until", (context, settings), found[-1])
+            stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+            most = min(int(settings.get("max_gen_toks", MAX_TOKENS)), self.max_length - 1)
+            room = self.max_length - most
+            prompts = [self.subject.loaded.prompt_ids(requests[number].args[0])[-room:] for number in numbers]
+            texts = written(self.subject.loaded, prompts, most, sampling_of(settings), stops, self.batch_size)
+            for number, (text, _) in zip(numbers, texts, strict=True):
+                found[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return found
+
+
+def sampling_of(settings: dict[str, Any]) -> Sampling:
+    """How a task wants its answers drawn: the likeliest tokens, unless it says `do_sample`."""
+    if not settings.get("do_sample"):
+        return Sampling(temperature=0)
+    named = {name: settings[name] for name in ("temperature", "top_k", "top_p") if settings.get(name) is not None}
+    return Sampling(**named, seed=0)
 
 
 def evaluated(
@@ -105,8 +120,8 @@ def evaluated(
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(
-            f"--harness={','.join(unknown)}: lm-evaluation-harness knows no such task; --include-path names a folder of "
-            "your own, each a YAML file with `task: <name>`"
+            f"--harness {','.join(unknown)}: lm-evaluation-harness knows no such task; --include-path names a folder "
+            "of your own, each a YAML file with `task: <name>`"
         )
     found = simple_evaluate(
         HarnessModel(subject, batch_size),

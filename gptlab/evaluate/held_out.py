@@ -13,8 +13,8 @@ from gptlab.data.listed import Nothing
 from gptlab.data.module import TextDataModule
 from gptlab.data.tokens import SplitText, TokenFile, encoded
 from gptlab.data.windows import DocumentWindows, ScoringOrder, WindowLoader
-from gptlab.excess import KnownDocuments, in_bits
 from gptlab.evaluate.subject import Subject
+from gptlab.excess import KnownDocuments, in_bits
 from gptlab.files import cache_dir
 from gptlab.scoring import figures, score, token_bytes
 from gptlab.tokenizer import EOS_ID, Tokenizer

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from argparse import Namespace
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from gptlab.data.formats import Reading
 from gptlab.data.module import TextDataModule
 from gptlab.evaluate import held_out
-from gptlab.evaluate.pairs import encode_pairs, read_pairs, scored_pairs
+from gptlab.evaluate.pairs import read_pairs, scored_pairs
 from gptlab.evaluate.quality import excerpts, quality, training_text
 from gptlab.evaluate.subject import Subject
-from gptlab.evaluate.writing import Writer
+from gptlab.evaluate.writing import written
+from gptlab.sampling import Sampling
 
 log = logging.getLogger("gptlab")
 
@@ -67,7 +69,9 @@ def scored(subject: Subject, arguments: Namespace) -> dict[str, Any]:
         return found
     found |= held_out.scored_text(subject, text(subject, arguments))
     if not math.isfinite(found["loss"]):
-        raise ValueError(f"{subject.path}: the loss is {found['loss']}, though every weight is a number: the network overflows")
+        raise ValueError(
+            f"{subject.loaded.path}: the loss is {found['loss']}, though the weights are numbers: they overflow"
+        )
     if not arguments.files:
         found |= held_out.floor_of(subject, data_of(subject))
         found["recorded_loss"] = subject.origin.validation.get("val/loss")
@@ -76,32 +80,24 @@ def scored(subject: Subject, arguments: Namespace) -> dict[str, Any]:
 
 def answered(subject: Subject, arguments: Namespace) -> dict[str, Any]:
     """What comes of `--pairs`."""
-    pairs = read_pairs(Path(arguments.pairs))
-    encoded = encode_pairs(pairs, subject.tokenizer, subject.block_size)
-    longest = max(len(one.completion) for one in encoded)
-    writer = Writer(subject.model, subject.tokenizer, arguments.max_tokens or longest)
-    return scored_pairs(pairs, encoded, subject.scorer, writer, arguments.stop, batch_size(subject, arguments))
+    pairs, size = read_pairs(Path(arguments.pairs)), batch_size(subject, arguments)
+    return scored_pairs(pairs, subject.scorer, subject.loaded, arguments.max_tokens, arguments.stop, size)
 
 
 def sampled(subject: Subject, arguments: Namespace) -> dict[str, Any]:
     """What comes of `--samples`: texts from the start of a document on, their figures, and those of held-out text."""
-    if arguments.temperature < 0:
-        raise ValueError(f"--temperature={arguments.temperature} must be 0 (the likeliest) or more")
-    length = arguments.max_tokens or SAMPLE_TOKENS
-    writer = Writer(subject.model, subject.tokenizer, length, arguments.temperature, arguments.top_k)
+    sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
+    most, size = arguments.max_tokens or SAMPLE_TOKENS, batch_size(subject, arguments)
     files, training = texts_beside(subject, arguments)
-    written = [writer([], seed=arguments.seed + number) for number in range(arguments.samples)]
-    groups = {"written": [text for text, _ in written]}
+    texts = written(subject.loaded, [subject.loaded.prompt_ids("")] * arguments.samples, most, sampling, [], size)
+    groups = {"written": [text for text, _ in texts]}
     if files:
-        groups["held_out"] = excerpts(files, subject.tokenizer, arguments.samples, length)
+        groups["held_out"] = excerpts(files, subject.tokenizer, arguments.samples, most)
     figures = quality(groups, training)
     return {
-        "n": len(written),
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "seed": arguments.seed,
-        "max_tokens": length,
-        "ended": sum(ended for _, ended in written) / len(written),
+        **vars(sampling),
+        "max_tokens": most,
+        "ended": sum(ends for _, ends in texts) / len(texts),
         "written": figures["written"],
         "held_out": figures.get("held_out"),
         "texts": groups["written"],

@@ -1,15 +1,14 @@
-"""What can be told of texts without a judge: how varied they are, how they repeat themselves, what of them is copied."""
+"""What can be told of texts without a judge: how varied they are, how they repeat themselves, and what is copied."""
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from gptlab.data.tokens import TokenFile
 from gptlab.evaluate.copies import Blocks, Copies
-from gptlab.evaluate.writing import text_of
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
 WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
@@ -66,7 +65,7 @@ def share(hits: Iterable[bool]) -> float | None:
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, words: int) -> float | None:
-    """The share of different n-grams among those of the first so many words (Li et al. 2016); none lies across texts."""
+    """The share of different n-grams among those of the first so many words (Li et al. 2016), none across texts."""
     grams: list[tuple[str, ...]] = []
     for text in texts:
         text = text[:words]
@@ -138,7 +137,7 @@ def excerpts(files: Sequence[Any], tokenizer: Tokenizer, count: int, max_tokens:
         ids = np.asarray(files[file][at : at + max_tokens])
         found = np.flatnonzero(ids == EOS_ID)
         content = tokenizer.decode_bytes(ids[: found[0]] if found.size else ids)
-        texts.append(text_of(content.lstrip(HALF)))
+        texts.append(codecs.getincrementaldecoder("utf-8")("replace").decode(content.lstrip(HALF)))  # no half of one
     return texts
 
 

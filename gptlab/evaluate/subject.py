@@ -1,13 +1,16 @@
 """RUN as something to evaluate: its network, and what its checkpoint tells of the run that it was saved in."""
 
 import logging
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptlab import assembly, checkpoint, checks, cost, loading, resume
 from gptlab.data.module import TextDataModule
-from gptlab.model import GPT
+from gptlab.loading import Loaded
 from gptlab.run import RunFolder
 from gptlab.scoring import WEIGHTS_IN, Scorer, require_finite
 from gptlab.tokenizer import Tokenizer
@@ -58,17 +61,22 @@ def config_of(path: Path, copy: str | None) -> dict[str, Any] | None:
 class Subject:
     """What is evaluated. Raises ValueError where RUN names nothing, or a network whose weights are no numbers."""
 
-    def __init__(self, run: str, which: str, trust: tuple[str, ...], device: str, precision: str):
-        assembly.require_device(device)
-        loaded = loading.load(run, which, trust)
-        self.model: GPT = loaded.model
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.path, self.trust = loaded.path, trust
-        require_finite(self.model, str(self.path))
-        self.origin = origin_of(self.path)
-        kind = assembly.device_type(device)
-        self.precision = self._precision(kind) if precision == "auto" else precision
-        self.scorer = Scorer(self.model.to(kind), self.precision, self.origin.separates_documents)
+    def __init__(self, loaded: Loaded, trust: tuple[str, ...], precision: str):
+        if precision != "auto" and precision not in WEIGHTS_IN:
+            raise ValueError(f"--precision {precision}: none of auto, {', '.join(WEIGHTS_IN)}")
+        require_finite(loaded.model, str(loaded.path))
+        self.loaded, self.trust, self.origin = loaded, trust, origin_of(loaded.path)
+        self.precision = self._precision(loaded.model.embed.weight.device.type) if precision == "auto" else precision
+        self.scorer = Scorer(loaded.model, self.precision, self.origin.separates_documents)
+
+    @classmethod
+    def of(cls, arguments: Namespace) -> "Subject":
+        """What the command line names."""
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        trust = tuple(arguments.trust)
+        loaded = loading.load(arguments.run, arguments.checkpoint, trust, loading.device_of(arguments.device))
+        return cls(loaded, trust, arguments.precision)
 
     def _precision(self, device: str) -> str:
         """That of training, where this device computes in it."""
@@ -81,8 +89,12 @@ class Subject:
         return own
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
+    @property
     def block_size(self) -> int:
-        return self.model.config.block_size
+        return self.loaded.model.config.block_size
 
     def setting(self, name: str, default: Any) -> Any:
         """What the run's config says of `data.<name>`, where there is one."""
@@ -94,7 +106,7 @@ class Subject:
         Raises ValueError where that is not to be had, and where it is another by its fingerprint.
         """
         if self.origin.config is None:
-            raise ValueError(f"{self.path} does not say what text it was trained on: name text with --files")
+            raise ValueError(f"{self.loaded.path} does not say what text it was trained on: name text with --files")
         cfg = self.origin.config | {"trust": list(self.trust)}
         cfg["model"] = cfg["model"] | {"block_size": self.block_size}
         checks.check_targets({"data": cfg["data"]}, self.trust)
@@ -102,14 +114,14 @@ class Subject:
             data = assembly.build_data(cfg, self.tokenizer)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"the text that {self.path} was validated on is not to be had: {error}\n"
+                f"the text that {self.loaded.path} was validated on is not to be had: {error}\n"
                 "put it back, or name other text with --files"
             ) from error
         then = self.origin.state.get(type(data).__qualname__, {}).get("fingerprint")
         if then != data.fingerprint:
             files = "" if then is None else data.files_that_differ(then)
             raise ValueError(
-                f"{self.path} was validated on data with fingerprint {then}, and what is there now has "
+                f"{self.loaded.path} was validated on data with fingerprint {then}, and what is there now has "
                 f"{data.fingerprint}: put its text back as it was, or name other text with --files\n{files}".strip()
             )
         return data

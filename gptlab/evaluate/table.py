@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.doors import say, show as print_table
+from gptlab import doors
 
 FORMS = {
     "tokens": "{:,}",
@@ -25,18 +25,18 @@ FORMS = {
     "longest_repeat_mean": "{:.1f}",
     "longest_copy_mean": "{:.1f}",
 }
-TEXT = ("documents", "tokens", "bytes", "unknown_tokens", "loss", "perplexity", "bits_per_byte", "accuracy")
-TEXT += ("floor_bits_per_byte", "excess_bits_per_byte", "recorded_loss")
-PAIRS = ("n", "tokens", "loss", "perplexity", "bits_per_byte", "accuracy", "exact_match", "bleu", "rouge1", "rouge2", "rougeL")
+PREDICTED = ("tokens", "bytes", "loss", "perplexity", "bits_per_byte", "accuracy")
+TEXT = ("documents", "unknown_tokens", *PREDICTED, "floor_bits_per_byte", "excess_bits_per_byte", "recorded_loss")
+PAIRS = ("n", *PREDICTED, "exact_match", "bleu", "rouge1", "rouge2", "rougeL")
 
 
 def show(found: dict[str, Any]) -> None:
     """What was asked for, a table each."""
-    say(f"{found['checkpoint']}, step {found['step']:,}" if found["step"] is not None else found["checkpoint"])
+    doors.say(f"{found['checkpoint']}, step {found['step']:,}" if found["step"] is not None else found["checkpoint"])
     if found["split"] is not None:
         columns("", {found["split"]: found} | found.get("by_source", {}), TEXT)
     if found["pairs"]:
-        columns("completions: shares of 1", {"": found["pairs"]}, PAIRS)
+        columns("", {"completions": found["pairs"]}, PAIRS)
     if (samples := found["samples"]) is not None:
         groups = {"written": samples["written"]} | ({"held out": samples["held_out"]} if samples["held_out"] else {})
         columns(f"samples, {samples['ended']:.0%} of which end by themselves", groups, samples["written"])
@@ -47,12 +47,13 @@ def show(found: dict[str, Any]) -> None:
 def columns(title: str, groups: dict[str, dict[str, Any]], keys: Any) -> None:
     """A row for each figure that somebody has."""
     table = Table(title=title or None, title_justify="left")
-    for name in ("", *groups):
-        table.add_column(Text(name), justify="right" if name or len(groups) == 1 and table.columns else "left")
+    table.add_column("")
+    for name in groups:
+        table.add_column(Text(name), justify="right")
     for key in keys:
         if any(group.get(key) is not None for group in groups.values()):
             table.add_row(key.replace("_", " "), *(cell(key, group.get(key)) for group in groups.values()))
-    print_table(table)
+    doors.show(table)
 
 
 def cell(key: str, value: Any) -> str:

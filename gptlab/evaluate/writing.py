@@ -1,45 +1,41 @@
-"""What a network writes: continuations of prompts, as ids and as text."""
+"""What a network writes: many continuations at a time, as text."""
 
-import codecs
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-
-from gptlab.engine import generate
-from gptlab.model import GPT
-from gptlab.tokenizer import EOS_ID, Tokenizer
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Continues prompts with a network, each from the start of a document, until it ends or is `max_tokens` long."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int | None = None
-
-    def __call__(self, prompt: list[int], seed: int = 0) -> tuple[str, bool]:
-        """The text that follows `prompt`, and whether it ends by itself."""
-        ids = generate(
-            self.model,
-            torch.tensor([EOS_ID, *prompt]),
-            self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=seed,
-            stop_id=EOS_ID,
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        return text_of(self.tokenizer.decode_bytes(ids)), len(ids) < self.max_tokens
+from gptlab.engine import Engine, Request, Sample
+from gptlab.loading import Loaded
+from gptlab.sampling import Sampling
+from gptlab.texts import Output
 
 
-def text_of(content: bytes) -> str:
-    """Bytes as text, without the half of a character at which they may have been cut off."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(content)
+def written(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[str],
+    rows: int,
+) -> list[tuple[str, bool]]:
+    """What follows each of the prompts, which are ids, and whether it ends by itself, or at one of `stops`.
+
+    `rows` of them are continued at a time. The seed of the n-th is that of `sampling` and n.
+    """
+    engine = Engine(loaded.model, min(rows, len(prompts)), loaded.tokenizer.vocab_size)
+    outputs: dict[Sample, Output] = {}
+    for number, prompt in enumerate(prompts):
+        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+        request = Request(list(prompt), max_tokens, own, stop_ids=loaded.stop_ids, slides=True)
+        outputs[engine.add(request)[0]] = Output(loaded.tokenizer, stops)
+    while not engine.is_idle:
+        for sample in engine.step():
+            outputs[sample].take(sample)
+            if outputs[sample].finish_reason:
+                engine.cancel(sample)
+    return [finished(output) for output in outputs.values()]
 
 
-def until(text: str, stops: list[str]) -> str:
-    """The text before the first of `stops`."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+def finished(output: Output) -> tuple[str, bool]:
+    """The text of an output, without the half of a character at which it may have been cut off."""
+    ends = output.finish_reason == "stop"
+    return (output.text if ends else output.text.rstrip("\ufffd")), ends
