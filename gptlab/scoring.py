@@ -50,6 +50,11 @@ def figures(sums: Sequence[float]) -> dict[str, float]:
     }
 
 
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a number is null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def require_finite(model: GPT, name: str) -> None:
     """Raise ValueError where a weight is NaN or infinite: every figure would be, or mean nothing."""
     for key, weight in model.named_parameters():

@@ -81,7 +81,7 @@ def test_they_are_those_of_validation_for_every_kind_of_data_and_precision(train
     then, found = result(run), evaluated(run, "--checkpoint", "last")
     assert {name: found[name] for name in FIGURES} == {name: then[f"val_{name}"] for name in FIGURES}
     assert found["recorded_loss"] == then["val_loss"]
-    assert found.get("by_source") == then["val_by_source"]
+    assert found["by_source"] == then["val_by_source"]
     for name in ("floor_bits_per_byte", "excess_bits_per_byte", "excess_interval"):
         assert found[name] == then[name]
         assert (found[name] is None) == ("data=stories" not in words)
@@ -248,7 +248,8 @@ def test_weights_that_are_no_numbers_are_named(run):
 
 def test_a_loss_that_is_no_number_is_said(run):
     def damage(state):
-        state["state_dict"]["model.embed.weight"] *= 1e30
+        for name in ("embed", "norm"):
+            state["state_dict"][f"model.{name}.weight"] *= 1e30
 
     changed(run, damage)
     assert "overflow" in refused(run)

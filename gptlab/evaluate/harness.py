@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from gptlab.evaluate.subject import Subject
 from gptlab.evaluate.writing import written
 from gptlab.sampling import Sampling
+from gptlab.scoring import finite
 from gptlab.tokenizer import EOS_ID
 
 MAX_TOKENS = 256  # of a generated answer whose task does not say
@@ -135,6 +136,6 @@ def evaluated(
     figures = {}
     for task, row in found["results"].items():
         named = {key.removesuffix(",none"): value for key, value in row.items() if key not in ("alias", "name")}
-        figures[task] = {key: value if isinstance(value, int | float) else None for key, value in named.items()}
+        figures[task] = {key: finite(value) if isinstance(value, int | float) else None for key, value in named.items()}
         figures[task]["n"] = found.get("n-samples", {}).get(task, {}).get("effective")
     return figures

@@ -1,5 +1,6 @@
 """Text to be scored: a run's own validation split, in the batches of training's validation, or files."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from gptlab.data.windows import DocumentWindows, ScoringOrder, WindowLoader
 from gptlab.evaluate.subject import Subject
 from gptlab.excess import KnownDocuments, in_bits
 from gptlab.files import cache_dir
-from gptlab.scoring import figures, score, token_bytes
+from gptlab.scoring import figures, finite, score, token_bytes
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
 
@@ -30,8 +31,11 @@ class FromStart:
         return len(self.tokens) + 1
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        at = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
-        return np.where(at == 0, EOS_ID, self.tokens[np.maximum(at - 1, 0)])
+        if not isinstance(index, slice):
+            return np.where(index == 0, EOS_ID, self.tokens[np.maximum(index - 1, 0)])
+        start, stop, _ = index.indices(len(self))
+        found = self.tokens[max(start - 1, 0) : max(stop - 1, 0)]
+        return np.insert(found, 0, EOS_ID) if start == 0 < stop else found
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,25 @@ def by_length(windows: DocumentWindows, batch_size: int) -> Iterator[dict[str, T
 def scored_text(subject: Subject, text: Text) -> dict[str, Any]:
     """The figures of the contract, and what they were found on."""
     sums, by_source = score(subject.scorer, text.batches, token_bytes(subject.tokenizer), len(text.sources))
-    found = {"split": text.name, "tokens": int(sums[1]), "bytes": int(sums[3])} | text.counts | figures(sums.tolist())
-    if text.sources:
-        each = {name: figures(row.tolist()) for name, row in zip(text.sources, by_source, strict=True)}
-        found["by_source"] = {name: {key: row[key] for key in ("loss", "bits_per_byte")} for name, row in each.items()}
-    return found
+    found = figures(sums.tolist())
+    if not math.isfinite(found["loss"]):
+        raise ValueError(
+            f"{subject.loaded.path}: the loss is {found['loss']}, though the weights are numbers: they overflow"
+        )
+    return {
+        "split": text.name,
+        "tokens": int(sums[1]),
+        "bytes": int(sums[3]),
+        **text.counts,
+        **{name: finite(value) for name, value in found.items()},
+        "by_source": by_source_name(text.sources, by_source.tolist()),
+    }
+
+
+def by_source_name(names: tuple[str, ...], rows: list[list[float]]) -> dict[str, dict[str, float | None]] | None:
+    """{source: {loss, bits_per_byte}} of a mixture, as in result.json."""
+    each = {name: figures(sums) for name, sums in zip(names, rows, strict=True)}
+    return {name: {key: finite(row[key]) for key in ("loss", "bits_per_byte")} for name, row in each.items()} or None
 
 
 def floor_of(subject: Subject, data: TextDataModule) -> dict[str, Any]:

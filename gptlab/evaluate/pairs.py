@@ -13,7 +13,7 @@ from gptlab.data.formats import json_lines
 from gptlab.evaluate.writing import written
 from gptlab.loading import Loaded
 from gptlab.sampling import Sampling
-from gptlab.scoring import figures, score, token_bytes
+from gptlab.scoring import figures, finite, score, token_bytes
 from gptlab.tokenizer import EOS_ID
 
 EXAMPLES = 3
@@ -104,7 +104,7 @@ def scored_pairs(
     return {
         "n": len(pairs),
         "tokens": int(sums[1]),
-        **figures(sums.tolist()),
+        **{name: finite(value) for name, value in figures(sums.tolist()).items()},
         **nearness(texts, [pair.completion for pair in pairs]),
         "max_tokens": most,
         "examples": [vars(pair) | {"written": text} for pair, text in shown],

@@ -1,7 +1,6 @@
 """What can be asked of an evaluation, each with the options that it takes."""
 
 import logging
-import math
 import os
 from argparse import Namespace
 from dataclasses import fields
@@ -22,7 +21,8 @@ log = logging.getLogger("gptlab")
 
 BATCH_SIZE = 16  # where no training says another
 SAMPLE_TOKENS = 128
-FIGURES = ("split", "tokens", "loss", "perplexity", "bits_per_byte", "accuracy")
+FIGURES = ("split", "documents", "tokens", "bytes", "unknown_tokens")
+FIGURES += ("loss", "perplexity", "bits_per_byte", "accuracy", "by_source")
 EXCESS = ("floor_bits_per_byte", "excess_bits_per_byte", "excess_interval")
 
 
@@ -65,13 +65,10 @@ def text(subject: Subject, arguments: Namespace) -> held_out.Text:
 def scored(subject: Subject, arguments: Namespace) -> dict[str, Any]:
     """The loss and what follows from it; null where only something else is asked for, and no files are named."""
     found: dict[str, Any] = dict.fromkeys((*FIGURES, *EXCESS, "recorded_loss"))
-    if not arguments.files and (arguments.pairs or arguments.harness):
+    only_else = arguments.pairs or arguments.harness or (arguments.samples and subject.origin.config is None)
+    if not arguments.files and only_else:
         return found
     found |= held_out.scored_text(subject, text(subject, arguments))
-    if not math.isfinite(found["loss"]):
-        raise ValueError(
-            f"{subject.loaded.path}: the loss is {found['loss']}, though the weights are numbers: they overflow"
-        )
     if not arguments.files:
         found |= held_out.floor_of(subject, data_of(subject))
         found["recorded_loss"] = subject.origin.validation.get("val/loss")

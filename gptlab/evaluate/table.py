@@ -34,7 +34,7 @@ def show(found: dict[str, Any]) -> None:
     """What was asked for, a table each."""
     doors.say(f"{found['checkpoint']}, step {found['step']:,}" if found["step"] is not None else found["checkpoint"])
     if found["split"] is not None:
-        columns("", {found["split"]: found} | found.get("by_source", {}), TEXT)
+        columns("", {found["split"]: found} | (found["by_source"] or {}), TEXT)
     if found["pairs"]:
         columns("", {"completions": found["pairs"]}, PAIRS)
     if (samples := found["samples"]) is not None:
