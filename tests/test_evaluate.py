@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import door, prose
+from conftest import SMALL, door, prose
 from test_callbacks import result
 
 from gptlab import checkpoint, options
@@ -26,15 +26,26 @@ def evaluated(run: Path, *words: str) -> dict:
     return evaluate(options.evaluate().parse_args([str(run), *words]))
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, _session_cache) -> Path:
+    """A folder of texts and a run, whose last checkpoint is worse than its best: the one text unlearns the other."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.txt").write_text(prose(40))
+    (folder / "other.txt").write_text(prose(100, seed=3).upper())
+    files = ("data.files=tiny.txt", "data.validation_files=other.txt", "run_dir=run", "optimizer.lr=0.01")
+    steps = ("trainer.max_steps=30", "validation.every_steps=5")
+    done = door("train", *SMALL, *files, *steps, cwd=folder, GPTLAB_CACHE_DIR=str(_session_cache))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture
-def run(train, tmp_path) -> Path:
-    """A run whose last checkpoint is worse than its best, since learning the one text unlearns the other."""
-    run, tiny, held_out = tmp_path / "run", tmp_path / "tiny.txt", tmp_path / "other.txt"
-    tiny.write_text(prose(40))
-    held_out.write_text(prose(100, seed=3).upper())
-    files = (f"data.files={tiny}", f"data.validation_files={held_out}", "data.validation_fraction=0.2")
-    assert train(run, *files, "trainer.max_steps=30", "validation.every_steps=5", "optimizer.lr=0.01") == 0
-    return run
+def run(trained, tmp_path) -> Path:
+    """A copy of that run, of texts that are copies too."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(tmp_path)))
+    return tmp_path / "run"
 
 
 # The run's own split
@@ -61,7 +72,7 @@ MIXED = "data.mix={a: {files: a.jsonl, weight: 1}, b: {files: b.txt, weight: 2}}
     [
         ("data.begin=document", "data.documents=line"),
         ("data.begin=document", "data.documents=line", "documents=separate"),
-        ("tokenizer=sentencepiece", "tokenizer.vocab_size=300", "model.positions=learned", "model.mlp=gelu"),
+        ("tokenizer=sentencepiece", "tokenizer.vocab_size=330", "model.positions=learned", "model.mlp=gelu"),
         ("callbacks=ema",),
         ("trainer.precision=bf16-mixed",),
         ("trainer.precision=bf16-true",),
@@ -169,8 +180,8 @@ def test_files_are_read_as_in_training_unless_it_is_said_otherwise(train, tmp_pa
     held_out.write_text("one line\nand another\n")
     assert evaluated(run, "--files", str(held_out))["documents"] == 2
     assert evaluated(run, "--files", str(held_out), "--documents", "file")["documents"] == 1
-    held_out.write_text("one line\nand another\n--\nand a third\n")
-    separated = ("--documents", "separator", "--separator", "--")
+    held_out.write_text("one line\nand another\n%%\nand a third\n")
+    separated = ("--documents", "separator", "--separator", "%%")
     assert evaluated(run, "--files", str(held_out), *separated)["documents"] == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"said": "one"}\n{"said": "two"}\n')
@@ -248,8 +259,7 @@ def test_weights_that_are_no_numbers_are_named(run):
 
 def test_a_loss_that_is_no_number_is_said(run):
     def damage(state):
-        for name in ("embed", "norm"):
-            state["state_dict"][f"model.{name}.weight"] *= 1e30
+        state["state_dict"]["model.norm.weight"][:] = 3e38
 
     changed(run, damage)
     assert "overflow" in refused(run)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, door
-from test_evaluate import TEXTS, by_hand, evaluated, run  # noqa: F401
+from test_evaluate import TEXTS, by_hand, evaluated, run, trained  # noqa: F401
 
 from gptlab.loading import load
 
 pytestmark = pytest.mark.slow
-QUESTIONS = [("The cat", [" sees", " zzzz"], 0), ("A dog ", ["runs.", "qqqq", "sleeps"], 2), ("x", ["", "y"], 1)][:2]
+QUESTIONS = [("The cat", [" sees", " zzzz"], 0), ("A dog ", ["runs.", "qqqq", "sleeps"], 2)]
 
 CHOICE = """
 task: own_choice

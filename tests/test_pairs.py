@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluate import evaluated, run  # noqa: F401
+from test_evaluate import evaluated, run, trained  # noqa: F401
 
 from gptlab.evaluate.pairs import nearness, read_pairs
 from gptlab.loading import load

@@ -1,7 +1,7 @@
 """Which spans of some texts also stand in a longer text, which is read in blocks and never held: exactly, to the byte.
 
-The longer text passes by several times. Once for the hashes of its spans of 8, 16, 32 ... bytes, by which each text's
-longest span is known to within a factor of two; and again, for each such length, to follow those spans byte by byte.
+The longer text passes by twice. Once for the hashes of its spans of 8, 16, 32 ... bytes, by which each text's longest
+span is known to within a factor of two; and again, to follow those spans byte by byte.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,10 +46,10 @@ class Copies:
         best = np.zeros(len(self.sizes), dtype=np.int64)  # of each text, the longest of the lengths that stands
         for length in self.lengths:
             best[np.unique(self.owner[stands[length]])] = length
-        for length in self.lengths:
-            places = np.flatnonzero(stands[length] & (best[self.owner] == length))
-            if places.size:
-                self._follow(blocks, length, places)
+        starts = {length: stands[length] & (best[self.owner] == length) for length in self.lengths}
+        known = {length: Places(self.hashes, length, of) for length, of in starts.items() if of.any()}
+        if known:
+            self._follow(blocks, known)
 
     def _which_stand(self, blocks: Blocks) -> dict[int, np.ndarray]:
         """For each length, and SPAN, whether the span that begins at each byte stands in the longer text."""
@@ -70,28 +70,16 @@ class Copies:
             stands[length][places] = of_length.was_marked(self.hashes.at(length, places))
         return stands
 
-    def _follow(self, blocks: Blocks, length: int, places: np.ndarray) -> None:
-        """Go on from where spans of `length` stand, as far as both texts agree: that is less than twice the length."""
-        hashes = self.hashes.at(length, places)
-        order = np.argsort(hashes, kind="stable")
-        places, hashes = places[order], hashes[order]
-        known = Known(hashes)
-        for part, is_last in parts(blocks, 2 * length):
-            room = length if is_last else 2 * length  # the next part begins with what would be cut off here
-            starts = np.arange(max(0, len(part) - room + 1))
-            here = Hashes(part).at(length, starts)
-            hits = np.flatnonzero(known.has(here))
-            low, high = (np.searchsorted(hashes, here[hits], side) for side in ("left", "right"))
-            ends = np.cumsum(high - low)
-            first = 0
-            while first < len(hits):  # as many hits as have about PAIRS places
-                before = ends[first - 1] if first else 0
-                until = max(first + 1, int(np.searchsorted(ends, before + PAIRS)))
-                times = (high - low)[first:until]
-                within = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
-                ours = places[np.repeat(low[first:until], times) + within]
-                self._compare(part, np.repeat(hits[first:until], times), ours)
-                first = until
+    def _follow(self, blocks: Blocks, known: dict[int, "Places"]) -> None:
+        """Go on from where spans stand, as far as both texts agree: that is less than twice the length of the span."""
+        overlap = 2 * max(known)
+        for part, is_last in parts(blocks, overlap):
+            theirs = Hashes(part)
+            for length, places in known.items():
+                # The next part begins with what would be cut off here.
+                hashes = theirs.at(length, np.arange(max(0, len(part) - (length if is_last else overlap) + 1)))
+                for hits, ours in places.pairs(hashes):
+                    self._compare(part, hits, ours)
 
     def _compare(self, part: np.ndarray, theirs: np.ndarray, ours: np.ndarray) -> None:
         """Note how long the longer text, from each of `theirs`, says what the texts say from the same of `ours`."""
@@ -133,6 +121,31 @@ class Known:
     def was_marked(self, hashes: np.ndarray) -> np.ndarray:
         """Which of `hashes`, all of which are among these, were found."""
         return self.found[np.searchsorted(self.hashes, hashes)]
+
+
+class Places:
+    """Where spans of some length begin in the texts, to be found by their hashes."""
+
+    def __init__(self, of: "Hashes", length: int, begins: np.ndarray):
+        places = np.flatnonzero(begins)
+        hashes = of.at(length, places)
+        order = np.argsort(hashes, kind="stable")
+        self.places, self.hashes = places[order], hashes[order]
+        self.known = Known(hashes)
+
+    def pairs(self, hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every place in `hashes` with every one of these that has the same hash, about PAIRS of them at a time."""
+        hits = np.flatnonzero(self.known.has(hashes))
+        low, high = (np.searchsorted(self.hashes, hashes[hits], side) for side in ("left", "right"))
+        ends = np.cumsum(high - low)
+        first = 0
+        while first < len(hits):
+            before = ends[first - 1] if first else 0
+            until = max(first + 1, int(np.searchsorted(ends, before + PAIRS)))
+            times = (high - low)[first:until]
+            within = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+            yield np.repeat(hits[first:until], times), self.places[np.repeat(low[first:until], times) + within]
+            first = until
 
 
 class Hashes:

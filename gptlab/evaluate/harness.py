@@ -96,8 +96,8 @@ class HarnessModel(TemplateLM):
             settings = requests[numbers[0]].args[1]
             stops = settings.get("until") or []
             stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
-            most = min(int(settings.get("max_gen_toks", MAX_TOKENS)), self.max_length - 1)
-            room = self.max_length - most
+            most = int(settings.get("max_gen_toks", MAX_TOKENS))
+            room = max(self.max_length - most, (self.max_length + 1) // 2)  # then the context slides
             prompts = [self.subject.loaded.prompt_ids(requests[number].args[0])[-room:] for number in numbers]
             texts = written(self.subject.loaded, prompts, most, sampling_of(settings), stops, self.batch_size)
             for number, (text, _) in zip(numbers, texts, strict=True):

@@ -25,7 +25,7 @@ class Origin:
     config: dict[str, Any] | None = None
     step: int | None = None
     precision: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)  # of its callbacks and data, without a tensor
+    state: dict[str, Any] = field(default_factory=dict)  # of its data, by the names of its classes
     validation: dict[str, float] = field(default_factory=dict)  # the figures of its validation at this step, if any
 
     @property
