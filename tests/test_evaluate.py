@@ -195,6 +195,56 @@ def test_the_shortest_text_has_a_beginning_and_an_end(run, tmp_path):
     assert found["loss"] == pytest.approx(by_hand(run, ["a"])["loss"], rel=1e-5)
 
 
+# Samples
+
+
+def test_samples_are_measured_beside_as_many_held_out_texts(run):
+    words = ("--samples", "3", "--max-tokens", "20", "--seed", "5")
+    found = evaluated(run, *words)
+    samples = found["samples"]
+    assert found["loss"] == result(run)["best_val_loss"]
+    assert len(samples["texts"]) == samples["written"]["texts"] == samples["held_out"]["texts"] == 3
+    assert samples["texts"][0] == load(run).generate("", 20, temperature=0.8, seed=5).rstrip("\ufffd")
+    assert samples["written"].keys() == samples["held_out"].keys()
+    assert samples["held_out"]["known_words"] == samples["held_out"]["longest_copy_max"] == 0  # it is in capitals
+    assert (samples["seed"], samples["temperature"], samples["max_tokens"]) == (5, 0.8, 20)
+    assert evaluated(run, *words, "--batch-size", "1")["samples"] == samples  # however many are written at a time
+    assert evaluated(run, *words[:-1], "6")["samples"]["texts"] != samples["texts"]
+
+
+def test_what_was_learnt_by_heart_is_told_from_what_was_not(train, tmp_path):
+    """A network that has seen one sentence a hundred times copies it; held-out text does so by chance alone."""
+    (tmp_path / "sentence.txt").write_text("The old house sleeps and the quick red bird sees it from a tree.\n" * 100)
+    (tmp_path / "held_out.txt").write_text("A tree sees nothing, or does it? Nobody in the red house knows. " * 3)
+    files = ("data.files=sentence.txt", "data.documents=line", "data.validation_files=held_out.txt")
+    larger = ("model.block_size=64", "model.n_embd=64", "trainer.max_steps=150", "optimizer.lr=0.01")
+    assert train(tmp_path / "run", *files, *larger, "data.batch_size=8", "data.begin=document") == 0
+    samples = evaluated(tmp_path / "run", "--samples", "4", "--temperature", "0")["samples"]
+    assert samples["written"]["copied_50_bytes"] > 0.9
+    assert samples["written"]["known_words"] > 0.9
+    assert samples["written"]["longest_copy_mean"] > 50 > 2 * samples["held_out"]["longest_copy_max"]
+    assert samples["held_out"]["copied_50_bytes"] == 0
+    assert samples["ended"] == 1
+
+
+def test_samples_without_a_known_text_have_no_figures_that_need_one(run, tmp_path):
+    shutil.copy(changed(run, forget), tmp_path / "alone.ckpt")
+    words = ("--samples", "2", "--max-tokens", "8")
+    found = evaluated(tmp_path / "alone.ckpt", *words)
+    assert found["loss"] is found["split"] is found["samples"]["held_out"] is None
+    written = found["samples"]["written"]
+    assert written["known_words"] is written["longest_copy_max"] is written["copied_50_bytes"] is None
+    assert written["distinct_1"] > 0
+    found = evaluated(tmp_path / "alone.ckpt", *words, "--files", str(tmp_path / "other.txt"))
+    assert found["loss"] > 0
+    assert found["samples"]["held_out"]["texts"] == 2
+
+
+def forget(state) -> None:
+    """What a checkpoint of another program, or an exported one, would not have."""
+    del state["callbacks"]
+
+
 # What a person and a program see
 
 
@@ -206,7 +256,12 @@ def test_json_stands_alone_on_standard_output(run, tmp_path):
     assert found["loss"] == pytest.approx(result(run)["best_val_loss"], rel=1e-6)
 
 
-def test_a_person_sees_a_table(run, capsys):
+def test_a_person_sees_tables(run, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ("--pairs", "pairs.jsonl", "--samples", "2", "--max-tokens", "8", "--files", "other.txt")
+    assert main(options.evaluate().parse_args([str(run), *words])) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("files", "completions", "exact match", "held out", "distinct 2"))
     assert main(options.evaluate().parse_args([str(run)])) == 0
     said = capsys.readouterr().out
     assert f"{result(run)['best_val_loss']:.4f}" in said
@@ -266,9 +321,6 @@ def test_a_loss_that_is_no_number_is_said(run):
 
 
 def test_a_checkpoint_that_does_not_know_its_text_needs_files(run, tmp_path):
-    def forget(state):
-        del state["callbacks"]
-
     shutil.copy(changed(run, forget), tmp_path / "alone.ckpt")
     assert "name text with --files" in refused(tmp_path / "alone.ckpt")
     assert evaluated(tmp_path / "alone.ckpt", "--files", str(tmp_path / "other.txt"))["loss"] > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from test_evaluate import TEXTS, by_hand, evaluated, run, trained  # noqa: F401
 
 from gptlab.loading import load
 
-pytestmark = pytest.mark.slow
 QUESTIONS = [("The cat", [" sees", " zzzz"], 0), ("A dog ", ["runs.", "qqqq", "sleeps"], 2)]
 
 CHOICE = """
@@ -84,6 +84,7 @@ def likeliest(run: Path, question: str, choices: list[str]) -> int:  # noqa: F81
     return max(range(len(sums)), key=sums.__getitem__)
 
 
+@pytest.mark.slow
 def test_tasks_of_ones_own_have_the_figures_that_another_way_finds(run, tasks):  # noqa: F811
     pytest.importorskip("lm_eval")
     words = ("--harness", "own_choice, own_rolling,own_answer", "--include-path", str(tasks))
@@ -106,6 +107,7 @@ def test_tasks_of_ones_own_have_the_figures_that_another_way_finds(run, tasks): 
     assert found["own_rolling"]["bits_per_byte"] == pytest.approx(nll / math.log(2) / text_bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_asks_no_network_and_leaves_standard_output_alone(run, tasks):  # noqa: F811
     pytest.importorskip("lm_eval")
     done = door("evaluate", str(run), "--harness", "own_choice", "--include-path", str(tasks), "--limit", "1", "--json")
@@ -113,12 +115,14 @@ def test_it_asks_no_network_and_leaves_standard_output_alone(run, tasks):  # noq
     assert json.loads(done.stdout)["harness"]["own_choice"]["n"] == 1
 
 
+@pytest.mark.slow
 def test_a_task_that_nobody_knows_is_named(run, tasks):  # noqa: F811
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="--harness nowhere: lm-evaluation-harness knows no such task"):
         evaluated(run, "--harness", "own_choice,nowhere", "--include-path", str(tasks))
 
 
+@pytest.mark.slow
 def test_the_exported_folder_has_the_same_figures_by_the_harness_own_model(run, tasks, tmp_path):  # noqa: F811
     """transformers reads the export and knows nothing of gptlab; the token that begins a document is its own BOS."""
     lm_eval = pytest.importorskip("lm_eval")
@@ -141,8 +145,9 @@ def test_the_exported_folder_has_the_same_figures_by_the_harness_own_model(run, 
     assert ours["own_answer"]["exact_match"] == theirs["own_answer"]["exact_match,none"]
 
 
-def test_without_it_the_extra_is_named(run, tasks, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    monkeypatch.delitem(__import__("sys").modules, "gptlab.evaluate.harness", raising=False)
+def test_without_it_the_extra_is_named(run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "gptlab.evaluate.harness", raising=False)
+    monkeypatch.delattr("gptlab.evaluate.harness", raising=False)
     with pytest.raises(ValueError, match=r"gptlab\[harness\]"):
-        evaluated(run, "--harness", "own_choice", "--include-path", str(tasks))
+        evaluated(run, "--harness", "own_choice", "--include-path", str(tmp_path))
