@@ -154,12 +154,14 @@ FLOORS = {
     1: "engine sampling texts safety checkpoint loading run jobs data.batches data.changes data.checking data.cleaning "
     "data.code data.corpus data.datatrove data.document data.encoding data.formats data.grammar data.ids "
     "data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories data.stream "
-    "data.survey data.tokenizer_report data.tokens data.windows data.workers",
+    "data.survey data.tokenizer_report data.tokens data.windows data.workers scoring excess "
+    "evaluate.copies evaluate.quality evaluate.writing",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record "
-    "callbacks.watching",
+    "callbacks.watching evaluate.pairs",
     3: "manual start options flags config explain mixing assembly checks doors outcome inherit given dial resume sweep "
-    "launchers soundness study staged train prepare validate_data generate chat __main__",
+    "launchers soundness study staged train prepare validate_data generate chat evaluate.subject "
+    "evaluate.held_out evaluate.parts evaluate.harness evaluate.table evaluate.__main__ __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
@@ -177,7 +179,19 @@ MAY_IMPORT = {
         "datatrove",
     },
     2: {"torch", "numpy", "lightning", "torchmetrics", "rich", "litdata"},
-    3: {"torch", "numpy", "lightning", "hydra", "omegaconf", "rich", "tqdm", "yaml", "typeguard", "filelock"},
+    3: {
+        "torch",
+        "numpy",
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "rich",
+        "tqdm",
+        "yaml",
+        "typeguard",
+        "filelock",
+        "lm_eval",
+    },
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
