@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from gptlab import checkpoint
+from gptlab import checkpoint, exported
 from gptlab.model import GPT
 from gptlab.tokenizer import Tokenizer
 
@@ -19,5 +19,7 @@ def load(run: str | Path, which: str = "best", trust: tuple[str, ...] = ()) -> L
 
     Raises ValueError for what is none of these, is damaged, or names classes of packages outside `trust`.
     """
+    if (folder := exported.folder_of(run)) is not None:
+        return Loaded(*exported.load_model(folder, trust), folder)
     path = checkpoint.find(Path(run), which)
     return Loaded(*checkpoint.load_model(path, trust), path)
