@@ -26,7 +26,11 @@ def model_type(config: GPTConfig) -> str:
     """Which of CLASSES this network is. Raises ValueError, naming each field that none of them has."""
     rotary = config.positions == "rope"
     wanted = COMMON | (ROPE if rotary else LEARNED)
-    faults = [f"model.{name}={getattr(config, name)} ({value})" for name, value in wanted.items() if getattr(config, name) != value]
+    faults = [
+        f"model.{name}={getattr(config, name)} ({value})"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
     if rotary and config.qk_norm and config.bias:
         faults.append("model.bias=True beside model.qk_norm=True (Qwen3's MLP has none)")
     if not rotary and config.kv_heads != config.n_head:
@@ -56,15 +60,19 @@ def to_json(config: GPTConfig) -> dict[str, Any]:
     }
     if kind == "gpt2":
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-        return common | dropout | {
-            "n_positions": config.block_size,
-            "n_embd": config.n_embd,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_inner": config.hidden_width,
-            "activation_function": "gelu_new",  # by a tanh, as ours
-            "layer_norm_epsilon": config.norm_eps,
-        }
+        return (
+            common
+            | dropout
+            | {
+                "n_positions": config.block_size,
+                "n_embd": config.n_embd,
+                "n_layer": config.n_layer,
+                "n_head": config.n_head,
+                "n_inner": config.hidden_width,
+                "activation_function": "gelu_new",  # by a tanh, as ours
+                "layer_norm_epsilon": config.norm_eps,
+            }
+        )
     return common | {
         "hidden_size": config.n_embd,
         "intermediate_size": config.hidden_width,
@@ -102,7 +110,9 @@ class Foreign:
         value = self.content.get(name)
         value = default if value is None else value
         if type(value) not in (int, kind) or not 0 < value <= most:
-            self.refuse(name, f"is no number up to {most:g}" if kind is float else f"is no whole number from 1 to {most}")
+            self.refuse(
+                name, f"is no number up to {most:g}" if kind is float else f"is no whole number from 1 to {most}"
+            )
             return 1
         return kind(value)
 
@@ -320,4 +330,3 @@ def _require_shapes(place: Place, parts: list[Tensor], wanted: torch.Size) -> No
         shape = shape[::-1] if place.transposed else shape
         if part.shape != shape:
             raise ValueError(f"{name} has the shape {tuple(part.shape)}, and config.json calls for {shape}")
-

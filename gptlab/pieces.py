@@ -108,7 +108,15 @@ def learn(
     return model.getvalue()
 
 
-KINDS = ("", "normal", "unknown", "control", "domain", "unused", "byte")  # what a piece may be, by sentencepiece's number
+KINDS = (
+    "",
+    "normal",
+    "unknown",
+    "control",
+    "domain",
+    "unused",
+    "byte",
+)  # what a piece may be, by sentencepiece's number
 MODEL_TYPES = ("", "unigram", "bpe", "word", "char")
 
 

@@ -12,9 +12,7 @@ DTYPES = {"hf": ("f32", "bf16", "f16"), "bundle": ("f32", "bf16", "f16"), "gguf"
 
 def options() -> flags.Options:
     rows = "\n".join(f"  {name:<8} {does}" for name, does in FORMATS.items())
-    more = (
-        f"formats:\n{rows}\n\nA folder is loaded again by transformers, and ids and logits compared, before it has its name."
-    )
+    more = f"formats:\n{rows}\n\nA folder is loaded again by transformers, and ids and logits compared, before it has its name."
     parser = flags.Options("export", "Writes a trained model so that other programs load it.", more)
     parser.add_run()
     parser.add_argument("out", metavar="OUT", help="the folder, or for gguf the file, to be made")

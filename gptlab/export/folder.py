@@ -22,9 +22,18 @@ TOLERANCE = 1e-4  # of the largest logit; float32 that adds up in another order 
 SAMPLES = 100  # texts made of the vocabulary's own pieces
 TEXTS = (
     *("Once upon a time", "  two  spaces and a tab\t.\n\n\n", "def f(x):\n    return x ** 2  # 3.14159\r\n", "\n"),
-    *("¿Quién? Él, señor. Straße, naïve, Ελληνικά", "日本語の文章 and 中文", "👩‍👩‍👧 emoji \u200d\ufe0f", "e\u0301 \u212b \ufb01"),
+    *(
+        "¿Quién? Él, señor. Straße, naïve, Ελληνικά",
+        "日本語の文章 and 中文",
+        "👩‍👩‍👧 emoji \u200d\ufe0f",
+        "e\u0301 \u212b \ufb01",
+    ),
     *("don't I'LL we've 12345678 1,000.50", "\u2581\u2581 \u2585 \ufeff\ufffd\x00\x1f", "x" * 300, " " * 40 + "end"),
-    *("<s> </s> <|user|> <|end|> <tool_call> <0x41> <unk>", "https://example.org/a_b?c=d&e=%20", "\u00a0\u2003\u3000 a"),
+    *(
+        "<s> </s> <|user|> <|end|> <tool_call> <0x41> <unk>",
+        "https://example.org/a_b?c=d&e=%20",
+        "\u00a0\u2003\u3000 a",
+    ),
 )
 HOW_TO = """# {name}
 
@@ -96,7 +105,9 @@ def require_finite(weights: dict[str, Tensor], dtype: torch.dtype | None) -> Non
     for name, tensor in weights.items():
         largest = tensor.abs().max().item() if tensor.numel() else 0.0
         if not math.isfinite(largest):
-            raise ValueError(f"the weights in {name} are not finite: the run has diverged; choose an older --checkpoint")
+            raise ValueError(
+                f"the weights in {name} are not finite: the run has diverged; choose an older --checkpoint"
+            )
         if dtype is not None and largest > torch.finfo(dtype).max:
             raise ValueError(f"--dtype: {name} has {largest:.3g}, which {dtype} cannot hold; use bf16 or f32")
 
@@ -116,8 +127,12 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | N
         kept = tensor[: config.vocab_size] if name in exported.TABLES else tensor
         if not torch.equal(kept.to(dtype or kept.dtype), weights[name]):
             raise ValueError(f"{folder}: {name} is not what was written")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    tokens = torch.randint(config.vocab_size, (2, min(config.block_size, 64)), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
+    tokens = torch.randint(
+        config.vocab_size, (2, min(config.block_size, 64)), generator=torch.Generator().manual_seed(0)
+    )
     tokens[:, 0] = EOS_ID
     with torch.inference_mode():
         expected, got = build(config, weights).float()(tokens), theirs(tokens).logits

@@ -158,7 +158,9 @@ def sentencepiece_unigram(pieces: list[Piece]) -> dict[str, Any]:
 def unspellable(pieces: list[Piece]) -> set[str]:
     """Characters that are no pieces, of names that are: where they stand apart, no text can spell "<s>" or "<0x41>"."""
     known = {spelt(piece) for piece in pieces if piece.kind in ("normal", "domain")}
-    return {character for piece in pieces if spelt(piece) not in known for character in piece.text} - set("".join(known))
+    return {character for piece in pieces if spelt(piece) not in known for character in piece.text} - set(
+        "".join(known)
+    )
 
 
 def apart(characters: set[str]) -> dict[str, Any] | None:
