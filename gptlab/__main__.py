@@ -10,6 +10,8 @@ DOORS = {
     "train": "train a model, or continue a run",
     "prepare": "turn text into a tokenizer and token files",
     "validate_data": "check text, its tokenizer and its tokens",
+    "generate": "let a run continue a text",
+    "chat": "talk with a run in the terminal",
 }
 
 

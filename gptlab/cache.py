@@ -3,6 +3,8 @@
 Shapes: B batch, K key/value heads, T new tokens, S tokens held, E head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class LayerCache:
         self.shape, self.settings = shape, {"dtype": dtype, "device": device}
         self.length = 0
 
-    def _lay_out(self, heads: int) -> None:
+    def lay_out(self, heads: int) -> None:
         """Take the memory, once it is known how many of the K heads are here: a rank may hold only some."""
         B, _, S, E = self.shape
         self.keys = torch.empty(B, heads, S, E, **self.settings)
@@ -28,15 +30,23 @@ class LayerCache:
         if end > self.shape[2]:
             raise ValueError(f"{end} tokens do not fit into a cache of {self.shape[2]}")
         if not hasattr(self, "keys"):
-            self._lay_out(keys.shape[1])
+            self.lay_out(keys.shape[1])
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def row(self, number: int) -> "LayerCache":
+        """One sequence of the B, in the same memory, with a length of its own."""
+        one = LayerCache((1, *self.shape[1:]), **self.settings)
+        one.keys, one.values = self.keys[number : number + 1], self.values[number : number + 1]
+        return one
+
 
 class KVCache:
     """The caches of all layers of a `GPT` with this config, for `batch` sequences of up to `capacity` tokens."""
+
+    mask: Tensor | None = None  # where the sequences differ in length: which keys each may look at
 
     def __init__(self, config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         shape = (batch, config.kv_heads, capacity, config.head_width)
@@ -50,3 +60,57 @@ class KVCache:
     def clear(self) -> None:
         for layer in self.layers:
             layer.length = 0
+
+    def rows(self) -> list["KVCache"]:
+        """Each of the `batch` sequences by itself, in the same memory."""
+        for layer in self.layers:
+            layer.lay_out(layer.shape[1])
+        rows = []
+        for number in range(self.layers[0].shape[0]):
+            row = object.__new__(KVCache)
+            row.layers = [layer.row(number) for layer in self.layers]
+            rows.append(row)
+        return rows
+
+    def copy_from(self, other: "KVCache") -> None:
+        """Hold what `other`, of the same shape, holds."""
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            own.length = theirs.length
+            if not hasattr(own, "keys"):
+                own.lay_out(theirs.keys.shape[1])
+            if hasattr(theirs, "last"):
+                own.last = theirs.last.clone()
+            own.keys[:, :, : own.length] = theirs.keys[:, :, : own.length]
+            own.values[:, :, : own.length] = theirs.values[:, :, : own.length]
+
+
+class Together:
+    """One new token for each of the first `len(lengths)` sequences of `cache`, which hold so many tokens each.
+
+    The caches of single rows are not told: that they have grown is to be said to them afterwards.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Sequence[int]):
+        device = cache.layers[0].keys.device
+        self.length = max(lengths)
+        self.places = torch.tensor(lengths, device=device)
+        self.mask = (torch.arange(self.length + 1, device=device) <= self.places[:, None])[:, None, None]
+        self.layers = [TogetherLayer(layer, self) for layer in cache.layers]
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the new tokens, (B, 1)."""
+        return self.places[:, None]
+
+
+class TogetherLayer:
+    def __init__(self, layer: LayerCache, together: Together):
+        self.keys, self.values, self.together = layer.keys, layer.values, together
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values (B, K, 1, E) behind those of their sequences; return all, (B, K, S, E)."""
+        B, places = len(keys), self.together.places
+        rows, S = torch.arange(B, device=keys.device), self.together.mask.shape[-1]
+        self.keys[rows, :, places] = keys[:, :, 0]
+        self.values[rows, :, places] = values[:, :, 0]
+        return self.keys[:B, :, :S], self.values[:B, :, :S]

@@ -130,17 +130,22 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]:
-    """The network, in eval mode, and the tokenizer of a checkpoint file; of the rest of it nothing is read."""
+    """The network, in eval mode, and the tokenizer of a checkpoint file."""
+    return open_model(path, trust)[:2]
+
+
+def open_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The network, in eval mode, the tokenizer, and our part of a checkpoint, of which nothing else is read."""
     checkpoint = load(path, mapped=True)
     try:
         model = build(model_config(checkpoint), model_weights(checkpoint), trust)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit their own config ({error})") from error
-    return model, tokenizer_from_state(checkpoint[OWN_KEY]["tokenizer"], trust)
+    return model, tokenizer_from_state(checkpoint[OWN_KEY]["tokenizer"], trust), checkpoint[OWN_KEY]
 
 
 def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] = ()) -> GPT:
-    """A network, in eval mode, whose parameters are `weights` themselves, and no copies. RuntimeError if they don't fit."""
+    """A network, in eval mode, whose parameters are `weights` themselves. Raises RuntimeError if they don't fit."""
     with torch.device("meta"):
         model = GPT(config, trust)
     if all(type(part).__module__.startswith(("gptlab.", "torch.")) for part in model.modules()):

@@ -27,6 +27,7 @@ class Exported(NamedTuple):
     config: GPTConfig  # its vocabulary is not padded
     weights: dict[str, Tensor]  # in the file, from which they are read as they are used
     tokenizer: Tokenizer
+    record: dict[str, Any]  # gptlab.json, where it is a bundle
 
 
 def folder_of(run: str | Path) -> Path | None:
@@ -42,10 +43,10 @@ def folder_of(run: str | Path) -> Path | None:
     return folder if found else None
 
 
-def load_model(folder: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]:
-    """The network, in eval mode, and the tokenizer of an exported folder."""
-    config, weights, tokenizer = load(folder, trust)
-    return checkpoint.build(config, weights), tokenizer
+def open_model(folder: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The network, in eval mode, the tokenizer, and gptlab's record of an exported folder, where there is one."""
+    config, weights, tokenizer, record = load(folder, trust)
+    return checkpoint.build(config, weights), tokenizer, record
 
 
 def load(folder: Path, trust: tuple[str, ...] = ()) -> Exported:
@@ -72,7 +73,7 @@ def load(folder: Path, trust: tuple[str, ...] = ()) -> Exported:
         taken = special_rows(content, config.vocab_size)
         weights |= {name: moved(weights[name], shift, taken) for name in TABLES if name in weights}
         config = replace(config, vocab_size=config.vocab_size + shift)
-    return Exported(config, weights, tokenizer)
+    return Exported(config, weights, tokenizer, record or {})
 
 
 def recorded_config(recorded: Any, found: GPTConfig) -> GPTConfig:

@@ -1,87 +1,41 @@
-"""What the flag doors share: options in either spelling, RUN, and one message where something is wrong.
-
-It imports nothing that takes time, so that --help and a wrong option are answered at once.
-"""
+"""What the flag doors share: a command line that is read at once, RUN, and one message where something is wrong."""
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
-from gptlab import __version__, start
+from gptlab import start
+from gptlab.options import BAD_INPUT, Options, fail
 from gptlab.signals import SIGNALS, Interrupted
 
-DONE, FAILED, BAD_INPUT, CTRL_C = 0, 1, 2, 130
-MESSAGE_LINES = 15
+if TYPE_CHECKING:
+    from gptlab.loading import Loaded
 
-
-class Options(argparse.ArgumentParser):
-    """Options of one door. `--max_tokens` is `--max-tokens`; nothing is guessed from a beginning."""
-
-    def __init__(self, door: str, does: str, more: str = ""):
-        super().__init__(
-            prog=f"python -m gptlab.{door}",
-            description=does,
-            epilog=more or None,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.add_argument("--version", action="version", version=f"gptlab {__version__}")
-
-    def add_run(self) -> None:
-        """RUN, and how to choose what of it is loaded."""
-        self.add_argument("run", metavar="RUN", help="a run folder, one of its checkpoint files, or an exported folder")
-        self.add_argument(
-            "--checkpoint", default="best", metavar="best|last|FILE", help="which of a run's checkpoints (best)"
-        )
-        self.add_argument(
-            "--trust",
-            action="append",
-            default=[],
-            metavar="PACKAGE",
-            help="allow classes of this package, besides gptlab and experiments",
-        )
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        words = list(sys.argv[1:] if args is None else args)
-        end = words.index("--") if "--" in words else len(words)
-        words[:end] = [self._spelt(word) for word in words[:end]]
-        known, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error(f"unknown: {' '.join(unknown)}{self._nearest(unknown[0])}")
-        return known
-
-    def _spelt(self, word: str) -> str:
-        name, equals, value = word.partition("=")
-        dashed = name.replace("_", "-")
-        return dashed + equals + value if name.startswith("--") and dashed in self._option_string_actions else word
-
-    def _nearest(self, word: str) -> str:
-        names = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), names, n=1)
-        return f", did you mean {close[0]}?" if close else "; --help tells what there is"
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-        sys.exit(BAD_INPUT)
-
-
-def fail(message: str) -> None:
-    """One message of at most 15 lines, on standard error."""
-    lines = message.strip().splitlines() or ["failed"]
-    if len(lines) > MESSAGE_LINES:
-        lines = [*lines[: MESSAGE_LINES - 1], f"... and {len(lines) - MESSAGE_LINES + 1} lines more"]
-    print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+DONE, FAILED, CTRL_C = 0, 1, 130
 
 
 def begin(options: Options) -> argparse.Namespace:
     """The command line, read before the imports, which take seconds; a signal during them ends without a traceback."""
     start.before_imports()
     return options.parse_args()
+
+
+def load(arguments: argparse.Namespace) -> "Loaded":
+    """RUN, where and how the options say. Raises ValueError for what of them cannot be."""
+    import torch  # here, since they take a second
+
+    from gptlab import loading
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads} must be at least 1")
+        torch.set_num_threads(arguments.threads)
+    device, dtype = loading.device_of(arguments.device), getattr(torch, arguments.dtype)
+    return loading.load(arguments.run, arguments.checkpoint, tuple(arguments.trust), device, dtype)
 
 
 def interrupt(signum: int, frame: object) -> None:

@@ -21,7 +21,7 @@ def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, 
     """
     if (folder := exported.folder_of(cfg["init_from"])) is not None:
         path, sha256 = folder, exported.sha256(folder)
-        theirs, weights, tokenizer = exported.load(folder, config.trusted(cfg))
+        theirs, weights, tokenizer, _ = exported.load(folder, config.trusted(cfg))
         theirs = replace(theirs, vocab_multiple=cfg["model"]["vocab_multiple"])  # its file has no more rows than tokens
         weights = exported.padded(theirs, weights)
     else:

@@ -40,9 +40,18 @@ def set_compiler(calls_in_cpp: bool) -> None:
 
 def peak_rss_mb() -> float:
     """The most memory this process has held; VmHWM, since ru_maxrss starts from the parent's."""
+    return memory_mb("VmHWM")
+
+
+def rss_mb() -> float:
+    """The memory that this process holds now; where the system does not tell, the most that it has held."""
+    return memory_mb("VmRSS")
+
+
+def memory_mb(field: str) -> float:
     try:
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.split(f"{field}:")[1].split()[0]) / 1024
     except (OSError, IndexError):
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return used / 2**20 if sys.platform == "darwin" else used / 1024

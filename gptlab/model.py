@@ -308,7 +308,10 @@ class GPT(nn.Module):
         if rotary is not None:
             rotary = rotary[:, None, start : start + T] if positions is None else rotary[:, positions]
             rotary = rotary[:, :, None]
-        mask = attention_mask(T, start, document_ids, tokens.device)
+        if cache is None or cache.mask is None:
+            mask = attention_mask(T, start, document_ids, tokens.device)
+        else:
+            mask = cache.mask
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
             if self.config.checkpointing and self.training:

@@ -7,18 +7,16 @@ order of its own, and it does not show that one tensor lies right behind another
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+TYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 MOST_HEADER = 100_000_000  # bytes, as in the library
 MOST_DIMENSIONS = 8
@@ -109,7 +107,3 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(parts))
         end += part.numel()
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,37 +1,16 @@
 """The door `python -m gptlab.export RUN OUT`: a trained model as a folder or file that other programs load."""
 
-from gptlab import flags
-
-FORMATS = {
-    "hf": "a folder for transformers, vLLM and trl: Llama, Qwen3 or GPT-2, by the network",
-    "bundle": "the same with gptlab.json: hashes, training config, figures; verified whenever it is loaded",
-    "gguf": "a file for llama.cpp, and what is built on it",
-}
-DTYPES = {"hf": ("f32", "bf16", "f16"), "bundle": ("f32", "bf16", "f16"), "gguf": ("f32", "f16", "q8_0")}
-
-
-def options() -> flags.Options:
-    rows = "\n".join(f"  {name:<8} {does}" for name, does in FORMATS.items())
-    more = f"formats:\n{rows}\n\nA folder is loaded again by transformers, and ids and logits compared, before it has its name."
-    parser = flags.Options("export", "Writes a trained model so that other programs load it.", more)
-    parser.add_run()
-    parser.add_argument("out", metavar="OUT", help="the folder, or for gguf the file, to be made")
-    parser.add_argument("--format", choices=FORMATS, default="hf", help="what to write (hf)")
-    parser.add_argument(
-        "--dtype", metavar="f32|bf16|f16|q8_0", help="type of the weights; their own, where it is not given"
-    )
-    return parser
-
+from gptlab import flags, options
 
 if __name__ == "__main__":
-    ARGUMENTS = flags.begin(options())  # before the imports, which take seconds
+    ARGUMENTS = flags.begin(options.export())  # before the imports, which take seconds
 
 import argparse
 import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptlab import __version__, bundle, loading
@@ -43,9 +22,11 @@ from gptlab.run import process_is_alive
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.dtype not in (None, *DTYPES[arguments.format]):
-        known = ", ".join(DTYPES[arguments.format])
-        raise ValueError(f"--dtype={arguments.dtype} is none of {known}, which --format={arguments.format} has")
+    _, known = options.EXPORTS[arguments.format]
+    if arguments.dtype not in (None, *known):
+        raise ValueError(
+            f"--dtype {arguments.dtype} is none of {', '.join(known)}, which --format {arguments.format} has"
+        )
     out = Path(arguments.out).expanduser().absolute()
     require_free(out, is_file=arguments.format == "gguf")
     (gguf.library if arguments.format == "gguf" else folder.library)()

@@ -31,7 +31,7 @@ def facts(loaded: Loaded) -> dict[str, Any]:
 def of_folder(folder: Path) -> dict[str, Any]:
     """What a bundle tells already; nothing is known of another folder."""
     known = bundle.read_json(folder / bundle.NAME) if (folder / bundle.NAME).is_file() else {}
-    return {key: known.get(key) for key in ("training", "source")}
+    return {key: known.get(key) for key in ("training", "source", "knows_turns")}
 
 
 def of_checkpoint(path: Path) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def of_checkpoint(path: Path) -> dict[str, Any]:
     validation = record.get("validation", {})
     data = next((part for key, part in state.items() if key.endswith("DataModule") and isinstance(part, dict)), {})
     text = record.get("config")
+    own = state[checkpoint.OWN_KEY]
     training = {
         "step": state.get("global_step"),
         "epochs": record.get("epochs"),
@@ -49,10 +50,11 @@ def of_checkpoint(path: Path) -> dict[str, Any]:
         "train_loss": monitor.get("figures", {}).get("train/loss"),
         **{f"val_{name}": validation.get(f"val/{name}") for name in FIGURES},
         "data_fingerprint": data.get("fingerprint"),
-        "hardware": state[checkpoint.OWN_KEY].get("hardware"),
+        "hardware": own.get("hardware"),
         "config": yaml.safe_load(text) if text else None,
     }
-    return {"training": plain(training), "source": {"checkpoint": path.name, "sha256": sha256_of_file(path)}}
+    source = {"checkpoint": path.name, "sha256": sha256_of_file(path)}
+    return {"training": plain(training), "source": source, "knows_turns": bool(own.get("knows_turns"))}
 
 
 def plain(value: Any) -> Any:

@@ -120,7 +120,7 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | N
     """
     transformers = library()
     check_tokenizer(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), tokenizer)
-    config, weights, again = exported.load(folder)
+    config, weights, again, _ = exported.load(folder)
     if again.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder}: its tokenizer is not the one that was written")
     for name, tensor in model.state_dict().items():

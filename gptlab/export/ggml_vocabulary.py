@@ -53,7 +53,7 @@ def scores(tokenizer: SentencePieceTokenizer, size: int) -> Scores:
     model_type, pieces = contents(tokenizer.model)
     if model_type != "bpe":
         raise ValueError(
-            f"llama.cpp's {model_type} tokenizer does not spell in bytes, as sentencepiece's does here; use --format=hf, "
+            f"llama.cpp's {model_type} tokenizer does not spell in bytes, as sentencepiece's does; use --format=hf, "
             "or tokenizer.model_type=bpe"
         )
     tokens = [piece.text.replace(SPACE, " ") if piece.kind == "domain" else piece.text for piece in pieces]
