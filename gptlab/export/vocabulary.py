@@ -8,6 +8,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from gptlab.borrowed import BYTE_OF, PATTERNS, HuggingFaceTokenizer, TiktokenTokenizer, without_frills
@@ -28,8 +29,6 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 FUSE = {"type": "Fuse"}
 SPELLING = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, FUSE]}  # bytes to characters, and no spaces
 NEVER = -1e9  # the score of what no text may become: any other way to spell it is better
-WHITE = r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
-IN_WORDS = r"\p{L}\p{N}_"  # as Python's \w, where the library's own takes in marks
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def unspellable(pieces: list[Piece]) -> set[str]:
 def apart(characters: set[str]) -> dict[str, Any] | None:
     if not characters:
         return None
-    return split("[" + "".join(f"\\x{{{ord(character):x}}}" for character in sorted(characters)) + "]")
+    return split(f"[{''.join(map(escaped, sorted(characters)))}]")
 
 
 def split(pattern: str) -> dict[str, Any]:
@@ -191,10 +190,26 @@ def of_words(tokenizer: WordTokenizer) -> dict[str, Any]:
     words = [*SPECIAL_TOKENS, *tokenizer.domain_tokens, *tokenizer.words]
     model = {"type": "WordLevel", "vocab": {name: i for i, name in enumerate(words)}, "unk_token": SPECIAL_TOKENS[0]}
     runs = sorted((word for word in tokenizer.words if word.isspace() and len(word) > 1), key=len, reverse=True)
-    known = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in run) for run in runs)
-    whole = f"(?<![{WHITE}])(?:{known})(?![{WHITE}])|" if runs else ""  # an unknown run is spelt one by one
-    pattern = f"{whole}[{WHITE}]|[{IN_WORDS}]+|[^{WHITE}{IN_WORDS}]"
+    known = "|".join("".join(map(escaped, run)) for run in runs)
+    white, in_words = of_python(r"\s"), of_python(r"\w")
+    whole = f"(?<![{white}])(?:{known})(?![{white}])|" if runs else ""  # an unknown run is spelt one by one
+    pattern = f"{whole}[{white}]|[{in_words}]+|[^{white}{in_words}]"
     return assembled(tokenizer, model, split(pattern), FUSE, tokenizer.domain_tokens)
+
+
+@cache
+def of_python(pattern: str) -> str:
+    """The characters that Python finds by `pattern`, as ranges.
+
+    The library's own classes take in others, such as marks, and know another version of Unicode.
+    """
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    spans = (found.group() for found in re.finditer(f"(?:{pattern})+", every))
+    return "".join(f"{escaped(span[0])}-{escaped(span[-1])}" for span in spans)
+
+
+def escaped(character: str) -> str:
+    return f"\\x{{{ord(character):x}}}"
 
 
 # Other libraries' byte-level BPE
@@ -212,7 +227,7 @@ def of_tokenizer_json(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
         content["model"] = model | {"vocab": own | moved}
         added = [token | {"id": token["id"] + tokenizer.shift} for token in content["added_tokens"]]
         content["added_tokens"] = [*(added_token(i, name, special=True) for i, name in enumerate(names)), *added]
-    return content | {"post_processor": begin_with(names[EOS_ID])}
+    return content | {"post_processor": begin_with(names[EOS_ID]), "decoder": content.get("decoder") or BYTE_LEVEL}
 
 
 def byte_name(content: bytes) -> str:
