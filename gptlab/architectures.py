@@ -296,8 +296,11 @@ def to_ours(config: GPTConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor
     left = {_full_name(name, kind): tensor for name, tensor in theirs.items() if not name.endswith(IGNORED)}
     if config.tie_embeddings:
         left.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    except RuntimeError as error:  # sizes that no memory can have
+        raise ValueError(f"config.json has no network that can be made ({str(error).splitlines()[0]})") from error
     found = {}
     for place in places(config, kind):
         if missing := [name for name in place.theirs if name not in left]:

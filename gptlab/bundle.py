@@ -41,8 +41,9 @@ def verified(folder: Path, needed: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: a bundle of format {content['format']}, this gptlab knows up to {FORMAT}")
     if missing := [name for name in needed if name not in files]:
         raise ValueError(f"{path}: damaged, it lists no {missing[0]}")
-    there = {str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if not path.is_dir()}
-    if unlisted := sorted(there - {NAME, *files}):
+    there = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    shown = {str(path) for path in there if not any(part.startswith(".") for part in path.parts)}
+    if unlisted := sorted(shown - {NAME, *files}):
         raise ValueError(f"{folder / unlisted[0]}: refused, {NAME} does not list it; move it out of the bundle")
     for name, known in files.items():
         if not _FILE.fullmatch(name):

@@ -4,13 +4,15 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import door
+from conftest import REPOSITORY, door
 from kinds import foreign_json, of_kind
 from safetensors.torch import load_file, save_file
 from test_export import GPT2, LLAMA, export, network, save
@@ -230,6 +232,11 @@ def change(path: Path, **fields) -> None:
         ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 is no whole number"),
         ("llama", {"max_position_embeddings": 10**9}, "max_position_embeddings=1000000000 is no whole number"),
         ("llama", {"hidden_size": 2**30}, "(1073741824"),
+        (
+            "llama",
+            {"hidden_size": 2**30, "vocab_size": 2**31, "intermediate_size": 2**31},
+            "no network that can be made",
+        ),
         ("llama", {"hidden_size": "32"}, "hidden_size=32 is no whole number"),
         ("llama", {"hidden_size": True}, "hidden_size=True"),
         ("llama", {"hidden_size": -1}, "hidden_size=-1"),
@@ -351,6 +358,13 @@ def test_every_file_of_a_bundle_is_verified(packed):
     assert "config.json" in done.stderr
 
 
+def test_loading_a_bundle_imports_nothing_that_is_heavy(packed):
+    program = f"import sys; from gptlab import loading; loading.load({str(packed)!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    heavy = {"transformers", "safetensors", "lightning", "torchmetrics", "hydra", "gguf", "yaml"}
+    assert not heavy & set(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../../x", "tokenizer/../../x", "a/b/c", "", ".", "..", "a\\b", "x\ny", "-rf"]
 )
@@ -367,7 +381,9 @@ def test_a_bundle_with_more_files_than_it_lists_is_refused(packed):
         with pytest.raises(ValueError, match=rf"{name}: refused, gptlab.json does not list it"):
             loading.load(packed)
         (packed / name).unlink()
-    (packed / ".DS_Store").write_text("x")
+    (packed / ".git").mkdir()
+    for name in (".DS_Store", ".git/config"):
+        (packed / name).write_text("x")
     loading.load(packed)
     files = json.loads((packed / "gptlab.json").read_text())["files"]
     for name in ("config.json", "model.safetensors", "tokenizer/gptlab_tokenizer.json"):
