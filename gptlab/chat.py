@@ -1,31 +1,9 @@
 """The door `python -m gptlab.chat`: a conversation with a run, in the terminal."""
 
-from gptlab import flags
-
-HELP = """\
-/reset          forget what was said
-/system TEXT    what the model is told first; without TEXT, nothing
-/temp X         the temperature
-/save FILE      keep the conversation, as JSON
-/load FILE      take up one that was kept
-/help           this
-/exit           leave (or Ctrl-D); Ctrl-C stops an answer"""
-
-
-def options() -> flags.Options:
-    options = flags.Options(
-        "chat", "Talk with a trained model. A base model, which knows no turns, continues the text."
-    )
-    options.add_run()
-    options.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer, at most (256)")
-    options.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")
-    options.add_sampling()
-    options.add_decoding()
-    return options
-
+from gptlab import flags, options
 
 if __name__ == "__main__":
-    ARGUMENTS = flags.begin(options())  # before the imports, which take seconds
+    ARGUMENTS = flags.begin(options.chat())  # before the imports, which take seconds
 
 import argparse
 import atexit
@@ -48,6 +26,15 @@ from gptlab.safety import Safety
 from gptlab.sampling import Sampling
 from gptlab.signals import Interrupted
 from gptlab.texts import Output
+
+HELP = """\
+/reset          forget what was said
+/system TEXT    what the model is told first; without TEXT, nothing
+/temp X         the temperature
+/save FILE      keep the conversation, as JSON
+/load FILE      take up one that was kept
+/help           this
+/exit           leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 class Conversation:

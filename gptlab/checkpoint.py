@@ -135,7 +135,7 @@ def load_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer]
 
 
 def open_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The network, in eval mode, the tokenizer, and our part of a checkpoint; of the rest of the file nothing is read."""
+    """The network, in eval mode, the tokenizer, and our part of a checkpoint, of which nothing else is read."""
     checkpoint = load(path, mapped=True)
     try:
         model = build(model_config(checkpoint), model_weights(checkpoint), trust)
@@ -145,7 +145,7 @@ def open_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer,
 
 
 def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] = ()) -> GPT:
-    """A network, in eval mode, whose parameters are `weights` themselves, and no copies. RuntimeError if they don't fit."""
+    """A network, in eval mode, whose parameters are `weights` themselves. Raises RuntimeError if they don't fit."""
     with torch.device("meta"):
         model = GPT(config, trust)
     if all(type(part).__module__.startswith(("gptlab.", "torch.")) for part in model.modules()):

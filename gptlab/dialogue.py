@@ -5,6 +5,7 @@ person gives can spell.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 from gptlab.tokenizer import EOS_ID, Tokenizer
 
@@ -37,14 +38,14 @@ def turn(tokenizer: Tokenizer, message: Message) -> list[int]:
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
     """The ids after which the assistant's answer comes, at most `room`, and how many messages were dropped for that.
 
-    Dropped are the oldest turns, whole, and from a user's on, so that the first that is left is a user's again; never the
-    system's. Raises ValueError if the last turn alone does not fit.
+    Dropped are the oldest turns, whole, so that the first that is left is a user's again; never the system's. Raises
+    ValueError if the last turn alone does not fit.
     """
     turns = [turn(tokenizer, message) for message in messages]
     head = 1 if messages[0]["role"] == "system" else 0
     starts = [i for i in range(head, len(messages)) if i == head or messages[i]["role"] == "user"]
     for start in starts:
-        kept = [EOS_ID, *sum(turns[:head] + turns[start:], []), tokenizer.special_id("<|assistant|>")]
+        kept = [EOS_ID, *chain(*turns[:head], *turns[start:]), tokenizer.special_id("<|assistant|>")]
         if len(kept) <= room:
             return kept, start - head
     raise ValueError(

@@ -80,9 +80,9 @@ class Sample:
 class Engine:
     """Generates with one network for up to `rows` samples at a time. It belongs to the thread that calls `step`.
 
-    `vocab_size` keeps to the ids that a tokenizer knows, where the network has room for more. `agree` makes one token of
-    those that the ranks of a split network have drawn. `decode`, if given, is a faster way to logits (n, V) from one token
-    (n, 1) each and the `Together` of their caches.
+    `vocab_size` keeps to the ids that a tokenizer knows, where the network has room for more. `agree` makes one token
+    of those that the ranks of a split network have drawn. `decode`, if given, is a faster way to logits (n, V) from one
+    token (n, 1) each and the `Together` of their caches.
     """
 
     def __init__(

@@ -1,28 +1,9 @@
 """The door `python -m gptlab.generate`: a run continues a text."""
 
-from gptlab import flags
-
-
-def options() -> flags.Options:
-    options = flags.Options("generate", "Continue a text with a trained model, and print what it says as it comes.")
-    options.add_run()
-    add = options.add_argument
-    add(
-        "--prompt", required=True, metavar="TEXT", help="what to continue; '' begins a document, - reads standard input"
-    )
-    add("--max-tokens", type=int, default=200, metavar="N", help="at most so many (200)")
-    options.add_sampling()
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--num-samples", type=int, default=1, metavar="N", help="so many continuations, of one reading of the prompt")
-    add("--truncate", action="store_true", help="drop the beginning of a prompt that is longer than the context")
-    add("--past-context", default="slide", choices=("slide", "stop"), help="when it is full: go on by its newer half")
-    add("--json", action="store_true", help="one JSON object instead, with the figures of the contract")
-    options.add_decoding()
-    return options
-
+from gptlab import flags, options
 
 if __name__ == "__main__":
-    ARGUMENTS = flags.begin(options())  # before the imports, which take seconds
+    ARGUMENTS = flags.begin(options.generate())  # before the imports, which take seconds
 
 import argparse
 import json
@@ -102,7 +83,7 @@ def figures(times: list[float], tokens: int, n: int) -> dict[str, float | None]:
 def request_for(
     arguments: argparse.Namespace, loaded: loading.Loaded, safety: Safety, sampling: Sampling, prompt: str
 ) -> Request:
-    """What the command line asks for. Raises ValueError for a prompt longer than the context, unless it is to be cut."""
+    """What the command line asks for. Raises ValueError for a prompt that is too long, if it is not to be cut."""
     safety.require_prompt(prompt)
     ids, block_size = loaded.prompt_ids(prompt), loaded.model.config.block_size
     if len(ids) > block_size:

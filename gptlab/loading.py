@@ -25,7 +25,7 @@ class Loaded:
     knows_turns: bool = False  # it was trained on conversations as `dialogue` writes them
 
     def prompt_ids(self, text: str) -> list[int]:
-        """A document that begins with `text`: documents were kept apart by `</s>`, so that the first comes after one."""
+        """A document that begins with `text`: as in training, it comes after the end of another."""
         return [EOS_ID, *self.tokenizer.encode(text).tolist()]
 
     @property
@@ -65,7 +65,7 @@ def load(
 ) -> Loaded:
     """What RUN names. `which` of a run's checkpoints: best (last, where there is none), last, or a file.
 
-    On a CPU, and in the type that they are kept in, the weights lie in the file, from which they are read as they are used.
+    On a CPU, in the type that they are kept in, the weights stay in the file, and are read as they are used.
     Raises ValueError for what is no RUN, is damaged, or names classes of packages outside `trust`.
     """
     path = checkpoint.find(Path(run), which)
@@ -74,7 +74,7 @@ def load(
 
 
 def device_of(word: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:1` or `mps` means here. Raises ValueError for one that is not there."""
+    """The device that `auto`, `cpu`, `cuda`, `cuda:1` or `mps` means here. Raises ValueError for one that is not."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if word == "auto":
         word = "cuda" if cuda else "mps" if mps else "cpu"

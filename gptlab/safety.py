@@ -19,8 +19,8 @@ LOOP_TOKENS, LOOP_REPEATS, LOOP_PERIOD = 48, 4, 64  # a loop: so many tokens at 
 
 @dataclass(frozen=True)
 class Safety:
-    """`off` lets everything pass; `standard` draws no control token; `strict` also caps lengths, and ends at a loop or a
-    blocked phrase, before any of it is shown."""
+    """`off` lets everything pass; `standard` draws no control token; `strict` also caps lengths, and ends at a loop or
+    a blocked phrase, before any of it is shown."""
 
     mode: str = "off"
     blocked: re.Pattern | None = None

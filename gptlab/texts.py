@@ -62,11 +62,11 @@ class Guarded:
         if self.safety.blocked is None or self.tripped:
             return "" if self.tripped else text
         self._held += text
-        if match := self.safety.blocked.search(self._held):
-            if final or match.end() < len(self._held):
-                self.tripped = True
-                passed, self._held = self._held[: match.start()], ""
-                return passed
+        match = self.safety.blocked.search(self._held)
+        if match and (final or match.end() < len(self._held)):
+            self.tripped = True
+            passed, self._held = self._held[: match.start()], ""
+            return passed
         keep = 0 if final else self._start_of_doubt()
         passed, self._held = (self._held, "") if final else (self._held[:keep], self._held[keep:])
         return passed

@@ -146,17 +146,17 @@ def test_version_and_help_as_commands(tmp_path):
 
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
-    0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer losses optim "
-    "cost depth dialogue chunks vocabulary pieces words borrowed",
-    1: "engine sampling texts safety checkpoint loading run jobs data.batches data.changes data.checking data.cleaning data.code data.corpus "
-    "data.datatrove data.document data.encoding data.formats data.grammar data.ids data.listed data.mixture "
-    "data.overlap data.remote data.shards data.sources data.stories data.stream data.survey "
-    "data.tokenizer_report data.tokens data.windows data.workers",
+    0: "formulas attention names signals ranks meeting files machine sharding model cache tokenizer dialogue losses "
+    "optim cost depth chunks vocabulary pieces words borrowed",
+    1: "engine sampling texts safety checkpoint loading run jobs data.batches data.changes data.checking data.cleaning "
+    "data.code data.corpus data.datatrove data.document data.encoding data.formats data.grammar data.ids "
+    "data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories data.stream "
+    "data.survey data.tokenizer_report data.tokens data.windows data.workers",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
-    "tasks.metrics "
-    "callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record callbacks.watching",
-    3: "manual start flags config explain mixing assembly checks doors outcome inherit given dial resume sweep launchers "
-    "soundness study staged train prepare validate_data generate chat __main__",
+    "tasks.metrics callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record "
+    "callbacks.watching",
+    3: "manual start options flags config explain mixing assembly checks doors outcome inherit given dial resume sweep "
+    "launchers soundness study staged train prepare validate_data generate chat __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
