@@ -12,6 +12,7 @@ DOORS = {
     "validate_data": "check text, its tokenizer and its tokens",
     "generate": "let a run continue a text",
     "chat": "talk with a run in the terminal",
+    "serve": "answer OpenAI's API with a run, and offer a chat page",
 }
 
 

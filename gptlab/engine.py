@@ -263,6 +263,10 @@ class Engine:
                 self._leave(sample, "error")
             sample.finish_reason = sample.finish_reason or "error"
         self.reading = [sample for sample in self.reading if sample not in samples]
+        for place, row in enumerate(self.rows):  # of numbers that are none, nothing may be left
+            if place >= len(self.active) and not (self.reading and row is self.rows[-1]):
+                row.clear()
+            row.wipe()
 
     def _leave(self, sample: Sample, reason: str | None = None) -> None:
         """Free the row of a sample: the last of those under way moves there."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from gptlab import checkpoint
 from gptlab.loading import Loaded
 from gptlab.model import GPT, GPTConfig
 from gptlab.safety import Safety
@@ -34,6 +35,15 @@ def small(tokenizer: Tokenizer = LETTERS, knows_turns: bool = False, **changes: 
     with torch.no_grad():
         model.head.weight[: len(tokenizer.special_tokens)] *= 0.05
     return Loaded(model, tokenizer, Path("runs/small/checkpoints/last.ckpt"), knows_turns)
+
+
+def save(loaded: Loaded, run: Path) -> Path:
+    """A run folder with this network."""
+    own = checkpoint.describe(loaded.model.config, loaded.tokenizer) | {"knows_turns": loaded.knows_turns}
+    weights = {f"model.{name}": tensor for name, tensor in loaded.model.state_dict().items()}
+    content = {"state_dict": weights, checkpoint.OWN_KEY: own, "global_step": 1}
+    checkpoint.save(content, run / "checkpoints/last.ckpt")
+    return run
 
 
 @dataclass

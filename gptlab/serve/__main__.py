@@ -1,32 +1,10 @@
 """The door `python -m gptlab.serve`: a run answers OpenAI's API, and has a page to talk to it."""
 
 from gptlab import flags
-
-KEY = "GPTLAB_API_KEY"
-MORE = f"""\
-Then point any client of OpenAI's at http://127.0.0.1:8000/v1, or a browser at http://127.0.0.1:8000.
-Whoever can reach a server may use it: beside the loopback address, a key in {KEY} is required."""
-
-
-def options() -> flags.Options:
-    options = flags.Options("serve", "Answer OpenAI's API with a trained model, and offer a chat page.", MORE)
-    options.add_run()
-    add = options.add_argument
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at (127.0.0.1: this machine alone)")
-    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one, and says which (8000)")
-    add("--api-key", metavar="KEY", help=f"that clients must give; better in {KEY}, which others cannot see")
-    add("--name", metavar="NAME", help="what the model is called (the name of the run's folder)")
-    add("--parallel", type=int, default=8, metavar="N", help="samples that are generated at a time (8)")
-    add("--queue", type=int, default=32, metavar="N", help="that wait besides, before 429 is answered (32)")
-    add("--max-tokens", type=int, default=4096, metavar="N", help="of one answer, at most (4096)")
-    add("--max-body-kb", type=int, default=2048, metavar="N", help="of a request, at most (2048)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds for a request, waiting included (600)")
-    options.add_decoding()
-    return options
-
+from gptlab.serve import options
 
 if __name__ == "__main__":
-    ARGUMENTS = flags.begin(options())  # before the imports, which take seconds
+    ARGUMENTS = flags.begin(options.serve())  # before the imports, which take seconds
 
 import argparse
 import os
@@ -40,7 +18,7 @@ def key_of(arguments: argparse.Namespace) -> str | None:
     """Raises ValueError for an empty key, which would keep nobody out."""
     if arguments.api_key is not None and not arguments.api_key.strip():
         raise ValueError("--api-key is empty; leave it out for a server without a key")
-    key = arguments.api_key or os.environ.get(KEY) or ""
+    key = arguments.api_key or os.environ.get(options.KEY) or ""
     if not key.isascii() or key != key.strip() or not key.isprintable():
         raise ValueError("the key must be printable ASCII without spaces around it, as it travels in a header")
     return key or None
@@ -80,9 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
     from gptlab.serve.limits import Limits, require_key
     from gptlab.serve.metrics import Metrics
 
-    limits = Limits(
-        arguments.parallel, arguments.queue, arguments.max_tokens, arguments.max_body_kb, arguments.timeout
-    )
+    limits = Limits(arguments.parallel, arguments.queue, arguments.max_tokens, arguments.max_body_kb, arguments.timeout)
     key = key_of(arguments)
     require_key(arguments.host, key)
     safety = Safety.of(arguments.safety_mode, arguments.blocklist)

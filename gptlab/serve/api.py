@@ -86,7 +86,7 @@ def routes(app: FastAPI, service: Service) -> None:
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """What a browser is told: to run the page's own script and style, known by their hashes, and to ask this server alone."""
+    """What a browser is told: to run the page's own script and style, by their hashes, and to ask this server alone."""
     sources = {}
     for tag in ("script", "style"):
         content = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]

@@ -107,7 +107,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", b"req_" + secrets.token_hex(8).encode()), (b"x-content-type-options", b"nosniff")]
+                own = [
+                    (b"x-request-id", b"req_" + secrets.token_hex(8).encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 

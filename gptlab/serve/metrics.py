@@ -33,7 +33,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.started = time.time()
-        self.requests: Counter[tuple[str, int]] = Counter()  # by path and status; 0: the client left before there was one
+        self.requests: Counter[tuple[str, int]] = Counter()  # by path and status; 0: there was none
         self.counts = Counter(dict.fromkeys(COUNTERS, 0))
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self.request_s = Histogram("gptlab_request_seconds", "From a request's head to the end of its answer.")

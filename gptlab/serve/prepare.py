@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 
-
 from gptlab import dialogue
 from gptlab.engine import Request
 from gptlab.loading import Loaded
@@ -30,7 +29,8 @@ def count(asked: Asked, limits: Limits) -> int:
     """The samples that are asked for. Raises ApiError for too many."""
     n, prompts = asked.n or 1, len(asked.prompts()) if isinstance(asked, Completion) else 1
     if n > limits.parallel:
-        raise ApiError(400, f"n={n} is more than the {limits.parallel} samples that run at a time", "n", "invalid_value")
+        message = f"n={n} is more than the {limits.parallel} samples that run at a time"
+        raise ApiError(400, message, "n", "invalid_value")
     if n * prompts > MAX_SAMPLES:
         message = f"{prompts} prompts times n={n} are more than the {MAX_SAMPLES} samples that a request may have"
         raise ApiError(400, message, "prompt", "invalid_value")
@@ -147,10 +147,3 @@ class Preparer:
             prompt_logprobs=echo and likeliest is not None,
             allowed=self.allowed,
         )
-
-
-def blocked(prepared: Prepared, safety: Safety) -> list[bool]:
-    """Of each prompt, whether the filter lets nothing follow it."""
-    return [safety.blocks(text) for text in prepared.texts]
-
-

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's words: the fields that mean something here, those that change nothing, and a word on all others."""
+"""Requests in OpenAI's words: the fields that mean something, those that change nothing, and a word on all others."""
 
 import difflib
 import re
@@ -56,7 +56,7 @@ class StreamOptions(Strict):
 
 
 class Asked(Strict):
-    """What both ways of asking have in common. `top_k`, `min_p`, `repetition_penalty` and `truncation` are gptlab's own.
+    """What both ways of asking have in common; `top_k`, `min_p`, `repetition_penalty`, `truncation` are gptlab's own.
 
     truncation=auto drops the beginning of what does not fit into the context, and a text goes on past its end.
     """

@@ -1,4 +1,4 @@
-"""The one thread that owns the engine: requests come in by a queue, and what comes of them goes back to the event loop."""
+"""The one thread that owns the engine: requests come in by a queue, and what comes of them goes back to who asked."""
 
 import bisect
 import codecs
