@@ -61,7 +61,7 @@ def server(run: Path, *arguments: str) -> Iterator[Server]:
 
 @dataclass
 class Answer:
-    """What one request got: the status, its content, and when each event of a stream came, in seconds from the start."""
+    """What one request got: the status, its content, and when each piece of it came, in seconds from the start."""
 
     status: int = 0
     content: bytes = b""

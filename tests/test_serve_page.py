@@ -1,4 +1,4 @@
-"""The chat page: nothing from elsewhere, nothing that could become markup; and in a browser, where there is one, it works."""
+"""The chat page: nothing from elsewhere, nothing that could become markup; and that it runs, if there is a browser."""
 
 import base64
 import hashlib
@@ -62,8 +62,10 @@ def page(browser):
     context.close()
 
 
-def settle(page) -> None:
-    page.wait_for_function("document.getElementById('stop').disabled && document.getElementById('log').innerText")
+def settle(page, turns: int = 2) -> None:
+    """Wait until the last of so many turns is over."""
+    page.locator(f"article >> nth={turns - 1}").wait_for(state="attached")
+    page.locator("#log[aria-busy=false]").wait_for(state="attached")
 
 
 @pytest.mark.slow
@@ -75,7 +77,7 @@ def test_a_conversation_in_a_browser(page):
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("Tokens of an answer").fill("20")
-        page.get_by_label("System").fill("be kind")
+        page.get_by_label("System:").fill("be kind")
         page.get_by_role("button", name="Close").click()
         text = "<img src=x onerror=alert(1)><script>alert(2)</script>"
         page.get_by_label("Your text").fill(text)
@@ -91,8 +93,7 @@ def test_a_conversation_in_a_browser(page):
         assert "20 tokens in" in page.locator("#status").inner_text()
         page.get_by_label("Your text").fill("more")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('article').length == 4")
-        settle(page)
+        settle(page, turns=4)
         page.reload()  # settings are kept, the conversation is not
         page.get_by_text("chat model").wait_for()
         assert page.locator("#temperature").input_value() == "0"
@@ -117,9 +118,9 @@ def test_a_base_model_continues_and_can_be_stopped(page):
         page.locator("#max-tokens").evaluate("e => { e.value = '4000'; }")
         page.get_by_label("Your text").fill(" upon")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('article p')[3]?.innerText.length > 3")
+        page.locator("article.assistant p").nth(1).filter(has_text=re.compile(".{4}")).wait_for()
         page.keyboard.press("Escape")
-        settle(page)
+        settle(page, turns=4)
         assert page.locator("#status").inner_text() == "Stopped."
         served.until_idle()
         assert served.service.metrics.counts["gptlab_cancelled_total"] == 1
