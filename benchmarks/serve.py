@@ -2,7 +2,8 @@
 
 A network of about 10 M parameters and random weights, on bytes, in a server of its own; every client asks for streams
 of `--tokens` tokens after a prompt of 16, one after the other. Each row is tokens a second of all clients together over
-what one client gets, within the same round; the time to the first token; and between two tokens, for one client.
+what one client gets, within the same round; what a token takes of the server's processors, which other processes change
+least; the time to the first token; and between two tokens, for one client.
 `--threads` are the server's; the clients share the machine with it.
 """
 
@@ -42,6 +43,7 @@ def main() -> None:
     rounds: Rounds = []
     firsts: dict[int, list[float]] = {}
     gaps: dict[int, list[float]] = {}
+    costs: dict[int, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder) / "run", n_layer=6, n_head=6, n_embd=384, block_size=256)
         parallel = str(max(arguments.clients))
@@ -50,11 +52,13 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 rounds.append({})
                 for clients in arguments.clients:
+                    cpu_s = served.cpu_s()
                     seconds, answers = asyncio.run(load(served.port, clients, arguments.requests, arguments.tokens))
                     if any(answer.status != 200 or b"[DONE]" not in answer.content for answer in answers):
                         raise SystemExit("a request failed")
                     done = sum(usage_of(answer) for answer in answers)
                     rounds[-1][str(clients)] = done / seconds
+                    costs.setdefault(clients, []).append((served.cpu_s() - cpu_s) / done)
                     firsts.setdefault(clients, []).extend(answer.times[0] for answer in answers)
                     gaps.setdefault(clients, []).extend(b - a for answer in answers for a, b in pairwise(answer.times))
             rss = served.rss_mb()
@@ -66,13 +70,19 @@ def main() -> None:
                 clients,
                 f"{median(rounds, name):,.0f}",
                 f"{quotient(rounds, name, str(arguments.clients[0])):.2f}x",
+                f"{1000 * statistics.median(costs[clients]):.2f}",
                 f"{1000 * statistics.median(firsts[clients]):.1f}",
                 f"{1000 * statistics.median(between):.2f}",
                 f"{1000 * between[int(0.95 * len(between))]:.2f}",
             )
         )
     print(f"{machine('cpu')} for the clients, {arguments.threads} for the server; {rss:.0f} MB held\n")
-    print(markdown("clients | tokens a second | beside one | first token, ms | between two, ms | p95, ms", rows))
+    print(
+        markdown(
+            "clients | tokens a second | beside one | server's CPU a token, ms | first token, ms | between two, ms | p95, ms",
+            rows,
+        )
+    )
 
 
 def usage_of(answer: Answer) -> int:

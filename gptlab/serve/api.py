@@ -1,5 +1,6 @@
 """The application: its routes, and every error in one shape."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -30,7 +31,7 @@ def build(service: Service, key: str | None = None, hosts: frozenset[str] = froz
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.worker.start(asyncio.get_running_loop().call_soon_threadsafe)
         yield
         service.stop()
 

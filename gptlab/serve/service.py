@@ -1,7 +1,6 @@
 """One model that answers: requests are admitted, run by the worker, and ended when the client or the time is gone."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -93,24 +92,22 @@ class Run:
         self._left = self._unread = samples  # texts that are not finished; whose end was not read yet
         self._begun, self._has_begun = time.perf_counter(), False
         self._items: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._watch = self._loop.create_task(self._until_gone(http))
-        self._timer = self._loop.call_later(service.limits.timeout_s, self._too_late)
+        loop = asyncio.get_running_loop()
+        self._watch = loop.create_task(self._until_gone(http))
+        self._timer = loop.call_later(service.limits.timeout_s, self._too_late)
         n = samples // len(prepared.requests)
         blocked = [service.safety.blocks(text) for text in prepared.texts]
         self._indices = [i * n + k for i, is_blocked in enumerate(blocked) if not is_blocked for k in range(n)]
         requests = [one for one, is_blocked in zip(prepared.requests, blocked, strict=True) if not is_blocked]
-        self._job = Job(requests, self._post, asked.stops, service.safety, bool(asked.stream))
+        self._job = Job(requests, self._hear, asked.stops, service.safety, bool(asked.stream))
         for index in set(range(samples)) - set(self._indices):
             self._arrived(Piece(index, "", 0, "content_filter"))
         service.worker.submit(self._job)
 
-    def _post(self, item: Piece | Exception) -> None:
-        """On the engine's thread."""
+    def _hear(self, item: Piece | Exception) -> None:
         if isinstance(item, Piece):
             item.index = self._indices[item.index]
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-            self._loop.call_soon_threadsafe(self._arrived, item)
+        self._arrived(item)
 
     def _arrived(self, item: Piece | Exception) -> None:
         """Count what has come, whether or not the client reads it."""

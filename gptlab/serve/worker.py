@@ -2,6 +2,7 @@
 
 import bisect
 import codecs
+import contextlib
 import logging
 import queue
 import threading
@@ -43,17 +44,17 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Job:
-    """Prompts that came together, and where what comes of them goes to, by `post`, on the engine's thread."""
+    """Prompts that came together, and `hear`, which is told what comes of them."""
 
     def __init__(
         self,
         requests: Sequence[Request],
-        post: Callable[[Piece | Exception], None],
+        hear: Callable[[Piece | Exception], None],
         stop: Sequence[str] = (),
         safety: Safety | None = None,
         streams: bool = True,
     ):
-        self.requests, self.post, self.stop, self.safety, self.streams = requests, post, stop, safety, streams
+        self.requests, self.hear, self.stop, self.safety, self.streams = requests, hear, stop, safety, streams
         self.texts: list[Text] = []  # those that are not finished
 
 
@@ -98,18 +99,21 @@ class Text:
 class Worker:
     """Runs `new_engine()` on a thread of its own, for as many jobs at a time as it has rows.
 
-    `submit` and `cancel` may be called from any thread. A sample's own error ends its job alone.
+    `submit` and `cancel` may be called from any thread. What comes is heard where `call` calls what it is given: an
+    event loop's thread, which is woken once a step. A sample's own error ends its job alone.
     """
 
     def __init__(self, new_engine: Callable[[], Engine], tokenizer: Tokenizer):
         self._new_engine, self.tokenizer, self.engine = new_engine, tokenizer, new_engine()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._texts: dict[Sample, Text] = {}
+        self._said: list[tuple[Job, Piece | Exception]] = []  # and not told yet
         self._threads = torch.get_num_threads()  # of this thread, and not of another one by itself
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock, self._has_ended = threading.Lock(), False
 
-    def start(self) -> None:
+    def start(self, call: Callable[[Callable[[], None]], object]) -> None:
+        self._call = call
         self._thread.start()
 
     @property
@@ -126,7 +130,7 @@ class Worker:
             if not self._has_ended:
                 self._inbox.put(lambda: self._add(job))
                 return
-        job.post(Stopped("the engine has ended"))
+        self._call(lambda: job.hear(Stopped("the engine has ended")))
 
     def cancel(self, job: Job) -> None:
         """Nothing more will come of it."""
@@ -149,6 +153,7 @@ class Worker:
                     log.exception("the engine failed, and begins anew")
                     self._fail(self._texts.values(), error)
                     self.engine = self._new_engine()
+                self._tell()
         finally:
             with self._lock:
                 self._has_ended = True
@@ -156,6 +161,7 @@ class Worker:
                 if act := self._inbox.get():
                     act()
             self._fail(self._texts.values(), Stopped("the server ends"))
+            self._tell()
 
     def _heed(self) -> bool:
         """Do what was asked for meanwhile, and wait for it where there is nothing else to do; whether to go on."""
@@ -167,6 +173,19 @@ class Worker:
             if act is None:
                 return False
             act()
+            if self.engine.is_idle:
+                self._tell()
+
+    def _tell(self) -> None:
+        if said := self._said:
+            self._said = []
+
+            def hear() -> None:
+                for job, item in said:
+                    job.hear(item)
+
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+                self._call(hear)
 
     def _add(self, job: Job) -> None:
         try:
@@ -178,7 +197,7 @@ class Worker:
                     job.texts.append(text)
         except Exception as error:
             self._drop(job)
-            job.post(error)
+            self._said.append((job, error))
 
     def _drop(self, job: Job) -> None:
         for text in list(job.texts):
@@ -202,9 +221,9 @@ class Worker:
             if piece is not None and piece.finish_reason:
                 self._leave(text)
             if piece is not None:
-                text.job.post(piece)
+                self._said.append((text.job, piece))
 
     def _fail(self, texts: Iterable[Text], error: Exception) -> None:
         for job in {id(text.job): text.job for text in texts}.values():
             self._drop(job)
-            job.post(error)
+            self._said.append((job, error))
