@@ -79,7 +79,7 @@ def main() -> None:
     print(f"{machine('cpu')} for the clients, {arguments.threads} for the server; {rss:.0f} MB held\n")
     print(
         markdown(
-            "clients | tokens a second | beside one | server's CPU a token, ms | first token, ms | between two, ms | p95, ms",
+            "clients | tokens a second | beside one | CPU a token, ms | first token, ms | between two, ms | p95, ms",
             rows,
         )
     )

@@ -167,7 +167,10 @@ class Run:
         try:
             yield shape.events(piece)
             while self._unread:
-                yield shape.events(await self.next())
+                content = shape.events(await self.next())
+                while self._unread and not self._items.empty():  # what came while the client was waited for goes as one
+                    content += shape.events(await self.next())
+                yield content
             yield shape.last(usage(self.prepared.prompt_tokens, self.tokens))
         except Exception as error:
             yield event(self.told(error).body())
