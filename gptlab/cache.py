@@ -21,7 +21,7 @@ class LayerCache:
     def lay_out(self, heads: int) -> None:
         """Take the memory, once it is known how many of the K heads are here: a rank may hold only some."""
         B, _, S, E = self.shape
-        # Zeros, which take no memory until they are written over: what is found in it may be NaN, and no mask keeps that out.
+        # zeros: a masked value weighs nothing, unless memory that was never written says NaN
         self.keys = torch.zeros(B, heads, S, E, **self.settings)
         self.values = torch.zeros(B, heads, S, E, **self.settings)
 
@@ -74,6 +74,12 @@ class KVCache:
             row.layers = [layer.row(number) for layer in self.layers]
             rows.append(row)
         return rows
+
+    def wipe(self) -> None:
+        """Overwrite what is not held: a NaN there would reach sequences that are computed together with this one."""
+        for layer in self.layers:
+            if hasattr(layer, "keys"):
+                layer.keys[:, :, layer.length :] = layer.values[:, :, layer.length :] = 0
 
     def copy_from(self, other: "KVCache") -> None:
         """Hold what `other`, of the same shape, holds."""
