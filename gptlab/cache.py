@@ -66,8 +66,6 @@ class KVCache:
         """Each of the `batch` sequences by itself, in the same memory."""
         for layer in self.layers:
             layer.lay_out(layer.shape[1])
-            for held in (layer.keys, layer.values):
-                held.zero_()  # a mask keeps out numbers, but not the NaN that memory as it is found may hold
         rows = []
         for number in range(self.layers[0].shape[0]):
             row = object.__new__(KVCache)
