@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 
 from gptlab.data import batches, encoding, tokens
 from gptlab.data.changes import differences
+from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.document import Document
 from gptlab.data.tokens import TokenFile, open_prepared, prepare
@@ -181,6 +182,21 @@ def test_the_cache_knows_what_changes_the_tokens(corpus, tmp_path):
     moved = tmp_path / "moved"
     source.paths()[0].parent.rename(moved)
     assert build(Files(f"{moved}/*.txt"), tmp_path).folder == folder  # the bytes count, not where they are
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, lambda source: Cleaned(source, Cleaning("NFC", 0, None, 0.8))])
+def test_the_cache_knows_how_a_name_says_that_its_file_is_read(tmp_path, wrap):
+    content = "".join(f'{{"text": "line {n}"}}\n' for n in range(200))
+
+    def made(name: str):
+        (tmp_path / name).write_text(content)
+        return build(wrap(Files(f"{tmp_path}/{name}")), tmp_path, CharTokenizer.train)
+
+    plain, rows = made("a.txt"), made("a.jsonl")
+    assert "{" in plain.tokenizer.characters
+    assert "{" not in rows.tokenizer.characters
+    assert rows.meta["splits"]["train"]["documents"] > 100
+    assert made("b.md").folder == plain.folder, "other endings of plain text say nothing"
 
 
 def test_fingerprint_is_of_the_tokens_and_their_meaning(corpus, tmp_path):

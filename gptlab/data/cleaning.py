@@ -91,6 +91,9 @@ class Cleaned(Source):
     def settings(self) -> dict:
         return {"cleaning": asdict(self.cleaning), "source": self.source.settings}
 
+    def named(self, path: Path) -> list[str]:
+        return self.source.named(path)
+
 
 def whole(documents: Iterator[Document]) -> Iterator[Document]:
     """Documents that came in parts, put together."""

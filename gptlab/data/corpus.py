@@ -47,6 +47,10 @@ class Source(ABC):
         """What else changes the documents, in plain types: with the files' bytes, it tells when a cache is stale."""
         return {}
 
+    def named(self, path: Path) -> list[str]:
+        """What the name of one of `paths()` says of how it is read: the same bytes may become other documents."""
+        return []
+
 
 class Files(Source):
     """Files of text or rows. `files` is a path, glob or URL, or a list of them; `**` means any depth.
@@ -88,6 +92,9 @@ class Files(Source):
     @property
     def settings(self) -> dict:
         return asdict(self.reading)
+
+    def named(self, path: Path) -> list[str]:
+        return self.reading.named(path)
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -65,6 +65,11 @@ class Reading:
             raise ValueError(f"data.documents={word}: {path} has rows; read it with data.documents=field")
         return word
 
+    def named(self, path: Path) -> list[str]:
+        """All that the file's name decides: the word, what kind of rows it has, and how it is compressed."""
+        word, ending = self.of(path), path.suffix.lower()
+        return [word, kind_of(path) if word == "field" else "", ending if ending in OPENERS else ""]
+
 
 def kind_of(path: Path) -> str:
     """The ending that tells what a file holds, ".jsonl" of "a.jsonl.gz"."""

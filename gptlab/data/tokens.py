@@ -35,7 +35,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # raise it when the same text would give other files
+FORMAT = 5  # raise it when the same text would give other files
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 BLOCK_BYTES = 2**23  # read at a time by who reads all
 T = TypeVar("T")
@@ -266,7 +266,7 @@ def _file_records(source: Source) -> list[dict]:
 
 def _source_identity(source: Source, files: list[dict]) -> list:
     kinds = [[kind.__module__, kind.__qualname__, _code(kind)] for kind in source.kinds]
-    return [kinds, source.settings, [file["sha256"] for file in files]]
+    return [kinds, source.settings, [[file["sha256"], *source.named(Path(file["path"]))] for file in files]]
 
 
 def _code(thing: type | Callable) -> str:
