@@ -1,5 +1,6 @@
 """Text in: what is read, what is refused and in which words, and that no validation text is trained on."""
 
+import gzip
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from gptlab.data.corpus import Files, split_documents, split_rule
 from gptlab.data.document import Document, without_gutenberg
 from gptlab.data.formats import read_text
+from gptlab.data.listed import refuse_overlap, text_files
 
 HEADER = "\ufeffThe Project Gutenberg eBook of X\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n"
 LICENCE = "\n\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nUpdated editions will replace the previous one.\n"
@@ -138,6 +140,25 @@ def test_bad_names_are_refused_with_a_remedy(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             Files(files).paths()
+
+
+@pytest.mark.parametrize("pack", [None, gzip.compress])
+def test_a_link_is_read_by_its_own_name(tmp_path, monkeypatch, pack):
+    """As in the cache of a hub, where names are links to files called by their hash."""
+    (tmp_path / "blobs").mkdir()
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "blobs/0f3a").write_bytes(pack(content) if pack else content)
+    link = tmp_path / f"train.jsonl{'.gz' if pack else ''}"
+    link.symlink_to("blobs/0f3a")
+    monkeypatch.chdir(tmp_path)
+    source = Files("train*")
+    assert source.paths() == [link]
+    assert [document.text for document in source.documents()] == ["one", "two"]
+    assert [file.place for file in text_files("train*")] == [str(link)]
+    with pytest.raises(ValueError, match="named twice"):
+        text_files(["train*", "blobs/*"])
+    with pytest.raises(ValueError, match="is validation text, and the same as"):
+        refuse_overlap(text_files("train*"), "blobs/*", Files("blobs/*").paths())
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):

@@ -66,18 +66,20 @@ class Files(Source):
     def paths(self) -> list[Path]:
         if not self.files:
             raise ValueError("data.files is empty; name a file or a glob such as 'texts/**/*.txt'")
-        found: dict[Path, str] = {}  # resolved path -> the pattern that gave it
+        found: list[Path] = []  # with the names that were given: a link's own name says how it is read
+        given: dict[Path, str] = {}  # resolved path -> the pattern that gave it
         for pattern in self.files:
             for path in self._expand(pattern):
                 if not str(path).isprintable() and any("\udc80" <= c <= "\udcff" for c in str(path)):
                     raise ValueError(f"data.files: the name of {str(path)!r} is not UTF-8; rename the file")
-                if path.resolve() in found:
+                if (place := path.resolve()) in given:
                     raise ValueError(
-                        f"data.files: {path} is named twice, by {found[path.resolve()]!r} and {pattern!r}; "
+                        f"data.files: {path} is named twice, by {given[place]!r} and {pattern!r}; "
                         "its text would count double: keep one of them"
                     )
-                found[path.resolve()] = pattern
-        return list(found)
+                given[place] = pattern
+                found.append(path.absolute())
+        return found
 
     def read(self, path: Path) -> Iterator[Document]:
         yield from read_documents(path, self.reading, self._count)

@@ -47,15 +47,16 @@ def text_files(files: str | Sequence[str]) -> list[TextFile]:
     for pattern in patterns or Files([]).paths():  # which says that there is none
         there = map(_local, Files(pattern).paths()) if not is_remote(pattern) else starmap(TextFile, listed(pattern))
         for file in there:
-            if file.place in found:
+            place = file.place if is_remote(file.place) else str(Path(file.place).resolve())
+            if place in found:
                 raise ValueError(f"data.files: {file.place} is named twice; its text would count double: keep one")
-            found[file.place] = file
+            found[place] = file
     return list(found.values())
 
 
 def _local(path: Path) -> TextFile:
     facts = path.stat()
-    return TextFile(str(path.resolve()), facts.st_size, f"mtime {facts.st_mtime_ns}")
+    return TextFile(str(path.absolute()), facts.st_size, f"mtime {facts.st_mtime_ns}")
 
 
 def fingerprint_of(files: Iterable[TextFile]) -> str:
@@ -85,7 +86,7 @@ def refuse_overlap(files: Iterable[TextFile], patterns: str | Sequence[str], hel
         for file in by_size.get(path.stat().st_size, []):
             if is_remote(file.place):
                 continue
-            if str(path.resolve()) == file.place or sha256_of_file(path) == sha256_of_file(Path(file.place)):
+            if path.samefile(file.place) or sha256_of_file(path) == sha256_of_file(Path(file.place)):
                 raise ValueError(
                     f"{path} is validation text, and the same as {file.place}, which is training text: leave it out "
                     "of one of them"
