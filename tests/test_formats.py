@@ -65,6 +65,27 @@ def test_what_was_written_is_read(tmp_path, kind, packed):
     assert sum(sizes) == path.stat().st_size
 
 
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("size", [1, 700_000])
+def test_frames_that_stand_one_after_another_are_one_text(tmp_path, packed, size):
+    texts = [f"part {number} " * size for number in range(3)]
+    frames = [COMPRESS[packed](text.encode()) for text in texts]
+    if packed == ".zst":  # as pzstd and the seekable format put between them
+        frames.insert(1, b"\x50\x2a\x4d\x18\x03\x00\x00\x00xyz")
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(b"".join(frames))
+    assert "".join(texts_of(path)) == "".join(texts)
+
+
+def test_no_cut_through_a_frame_is_taken_for_its_end(tmp_path):
+    content = zstandard.compress(b"".join(b"%d squared is %d\n" % (n, n * n) for n in range(300)))
+    path = tmp_path / "a.txt.zst"
+    for length in range(1, len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"a.txt.zst is damaged, or not what its ending says"):
+            texts_of(path)
+
+
 def test_parquet_and_lists_of_plain_texts_are_read(tmp_path):
     (tmp_path / "a.parquet").write_bytes(as_rows(".parquet", TEXTS))
     assert texts_of(tmp_path / "a.parquet") == TEXTS
@@ -130,6 +151,11 @@ def test_a_large_file_in_parts_is_the_file(tmp_path_factory, text, size):
         ),
         ("a.txt.gz", b"plain", {}, r"a.txt.gz is damaged, or not what its ending says"),
         ("a.txt.zst", b"plain text", {}, r"a.txt.zst is damaged, or not what its ending says"),
+        ("a.txt.zst", zstandard.compress(b"text\n" * 99_999)[:-9], {}, r"a.txt.zst is damaged, or not what its ending"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-1], {}, r"a.jsonl.zst is damaged, or not what its"),
+        ("a.txt.zst", zstandard.compress(b"one") + zstandard.compress(b"two")[:-2], {}, r"a.txt.zst is damaged"),
+        ("a.txt.zst", zstandard.compress(b"one") + b"and no frame", {}, r"a.txt.zst is damaged"),
+        ("a.txt.zst", zstandard.compress(b"one") + b"\x28\xb5", {}, r"a.txt.zst is damaged"),
         ("a.txt.xz", b"plain text", {}, r"a.txt.xz is damaged, or not what its ending says"),
         ("a.txt", b"a", {"documents": "field"}, r"data.documents=field: .*a.txt has no rows; files that do end in"),
         ("a.parquet", b"a", {"documents": "line"}, r"data.documents=line: .*a.parquet has rows"),

@@ -22,6 +22,7 @@ from gptlab.data.document import Document, decode_text, without_gutenberg
 
 WHOLE_BYTES = 2**24  # a text file up to this size is one piece; no book is larger
 PART_BYTES = 2**20
+FRAME_BYTES = 2**12  # of .zst at a time: they may become 30,000 times as many
 READINGS = ("auto", "file", "line", "separator", "field")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 NOTHING = "{} holds no text; remove it from the data, or check that it was written whole"
@@ -262,7 +263,33 @@ def _open_zstd(file: BinaryIO) -> BinaryIO:
         import zstandard
     except ModuleNotFoundError as error:
         raise ValueError('reading .zst takes zstandard: pip install "gptlab[data]"') from error
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return io.BufferedReader(_Frames(file, lambda: zstandard.ZstdDecompressor().decompressobj()), 2**17)
+
+
+class _Frames(io.RawIOBase):
+    """Compressed frames, one after another. Raises EOFError where the last one is cut off, as gzip does."""
+
+    def __init__(self, file: BinaryIO, new: Callable[[], Any]):
+        self.file, self.new = file, new
+        self.frame: Any = None  # the one that has begun and not ended
+        self.packed, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            if not (packed := self.packed or self.file.read(FRAME_BYTES)):
+                if self.frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.frame, self.packed = self.frame or self.new(), b""
+            self.ready = memoryview(self.frame.decompress(packed))
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
 
 
 OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
