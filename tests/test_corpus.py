@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptlab.data import document, formats
 from gptlab.data.corpus import Files, split_documents, split_rule
 from gptlab.data.document import Document, without_gutenberg
-from gptlab.data.formats import read_text
+from gptlab.data.formats import Reading, read_documents, read_text
 from gptlab.data.listed import refuse_overlap, text_files
 
 HEADER = "\ufeffThe Project Gutenberg eBook of X\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n"
@@ -88,6 +89,57 @@ def test_gutenberg_header_and_licence_are_stripped(tmp_path):
     assert read_text(path).startswith("The Project")
     wrapped = "*** START OF THIS PROJECT GUTENBERG EBOOK OF A\nLONG TITLE ***\nText\n"
     assert without_gutenberg(wrapped) == "Text\n"
+
+
+def book(name: str, text: str) -> str:
+    header = f"The Project Gutenberg eBook of {name}\n\n*** START OF THE PROJECT GUTENBERG EBOOK {name} ***\n\n"
+    return f"{header}{text}\n\n*** END OF THE PROJECT GUTENBERG EBOOK {name} ***\nThe licence of {name}.\n"
+
+
+START, END = "*** START OF THE PROJECT GUTENBERG EBOOK ***\n", "*** END OF THE PROJECT GUTENBERG EBOOK ***\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (book("A", "One.") + book("B", "Two.\n\nMore.") + book("C", "Three."), "One.\n\nTwo.\n\nMore.\n\nThree.\n"),
+        (f"One.\n{END}licence\nheader\n{START}Two.\n", "One.\n\nTwo.\n"),  # an end before any start
+        (f"header\n{START}One.\nheader\n{START}Two.\n{END}licence\n", "One.\nheader\n\nTwo.\n"),  # an end is missing
+        (f"header\n{START}One.\n{END}licence\n{END}licence\n", "One.\n"),
+        (f"One.\n{END}licence\n", "One.\n"),
+        (f"header\n{START}One.", "One.\n"),
+        (f"header\n{START}\n{END}licence\nheader\n{START}Two.\n{END}", "Two.\n"),
+    ],
+)
+def test_of_several_gutenberg_books_in_a_file_each_is_kept(text, kept):
+    assert without_gutenberg(text) == kept
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a\n", "\n", "b", "\r\n", "\u00e9", "***", START, END, f"\n{START}", f"\n{END}"]), min_size=1
+    )
+)
+def test_a_large_file_loses_what_a_small_one_does(tmp_path_factory, pieces):
+    path = tmp_path_factory.mktemp("parts") / "a.txt"
+    path.write_bytes("".join(pieces).encode())
+    for size in (4, 50):
+        try:
+            whole = read_text(path, strip_gutenberg=True)
+        except ValueError:
+            whole = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(formats, "WHOLE_BYTES", 0)
+            patch.setattr(formats, "PART_BYTES", size)
+            patch.setattr(document, "MARK", 100)
+            if whole is None:
+                with pytest.raises(ValueError, match="holds no text"):
+                    list(read_documents(path, Reading()))
+                continue
+            parts = list(read_documents(path, Reading()))
+            assert "".join(part.text for part in parts) == whole
+            assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
 @settings(deadline=None)

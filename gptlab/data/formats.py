@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptlab.data.document import Document, decode_text, without_gutenberg
+from gptlab.data.document import Document, decode_text, gutenberg_spans, gutenberg_texts, without_gutenberg
 
 WHOLE_BYTES = 2**24  # a text file up to this size is one piece; no book is larger
 PART_BYTES = 2**20
@@ -115,11 +115,35 @@ def _file(path: Path, strip_gutenberg: bool, count: Count) -> Iterator[Document]
             raise ValueError(NOTHING.format(path))
         yield Document(path.name, text)
         return
-    length = sum(len(text) for text in _parts(path, lambda size: None))
+    measure = _Measure(_parts(path, lambda size: None))
+    spans = gutenberg_spans(measure) if strip_gutenberg else None
+
+    def parts(count: Count) -> Iterator[str]:
+        return _parts(path, count) if spans is None else gutenberg_texts(_parts(path, count), spans)
+
+    if spans is not None:
+        measure = _Measure(parts(lambda size: None))
+    for _ in measure:  # unless they have passed by
+        pass
+    if measure.is_blank:
+        raise ValueError(NOTHING.format(path))
     start = 0
-    for text in _parts(path, count):
-        yield Document(path.name, text, start, length)
+    for text in parts(count):
+        yield Document(path.name, text, start, measure.length)
         start += len(text)
+
+
+class _Measure:
+    """The parts of a text, and what is known of it when they have passed by."""
+
+    def __init__(self, parts: Iterator[str]):
+        self.parts, self.length, self.is_blank = parts, 0, True
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.parts:
+            self.length += len(text)
+            self.is_blank = self.is_blank and not text.strip()
+            yield text
 
 
 def _parts(path: Path, count: Count) -> Iterator[str]:
