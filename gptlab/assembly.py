@@ -50,11 +50,8 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
     """The text of `tokenizer.files`, where a tokenizer is to learn from other text than the model."""
     if (files := cfg["tokenizer"].get("files")) is None:
         return None
-    source = Files(files, reading_of(config.data_config(cfg["data"])))
-    try:
-        source.paths()
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.files", "tokenizer.files")) from error
+    source = Files(files, reading_of(config.data_config(cfg["data"])), "tokenizer.files")
+    source.paths()  # what is wrong with them is said before other text is read
     return source
 
 

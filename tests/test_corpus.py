@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import SMALL, compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptlab import assembly
 from gptlab.data import document, formats
 from gptlab.data.corpus import Files, split_documents, split_rule
 from gptlab.data.document import Document, without_gutenberg
@@ -216,3 +218,23 @@ def test_a_link_is_read_by_its_own_name(tmp_path, monkeypatch, pack):
 def test_a_file_that_vanishes_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*gone.txt: No such file"):
         read_text(Path(tmp_path / "gone.txt"))
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (("data.files={}",), "data.files"),
+        (("data.files=there.txt", "data.validation_files={}"), "data.validation_files"),
+        (("data.files=there.txt", "tokenizer=char", "tokenizer.files={}"), "tokenizer.files"),
+        (("data.mix={{pydocs: 1, own: {{files: '{}'}}}}",), "data.mix.own.files"),
+        (("data.mix={{own: {{files: there.txt, validation_files: '{}'}}}}",), "data.mix.own.validation_files"),
+        (("data=stream", "data.files={}", "data.validation_files=there.txt"), "data.files"),
+        (("data=stream", "data.files=there.txt", "data.validation_files={}"), "data.validation_files"),
+    ],
+)
+@pytest.mark.parametrize("files", ["gone.txt", "*.gone", "memory://gone/*.txt", "."])
+def test_what_is_wrong_with_files_is_said_of_the_key_that_names_them(tmp_path, monkeypatch, given, key, files):
+    (tmp_path / "there.txt").write_text("one\ntwo\n")
+    monkeypatch.setenv("GPTLAB_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}={re.escape(repr(files))}[: ]"):
+        assembly.data_module(compose(*SMALL, *(word.format(files) for word in given))).prepare_data()

@@ -260,20 +260,20 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
-def text_source(config: DataConfig, source: Source | None) -> Source:
-    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source."""
+def text_source(config: DataConfig, source: Source | None, key: str = "data") -> Source:
+    """The text that `config`, which stands at `key`, names, cleaned: `files`, or else `source`, made of its source."""
     if config.files is not None:
-        source = Files(config.files, reading_of(config))
+        source = Files(config.files, reading_of(config), f"{key}.files")
     if source is None:
         raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
     return cleaned(source, config)
 
 
-def validation_source(config: DataConfig) -> Source | None:
+def validation_source(config: DataConfig, key: str = "data") -> Source | None:
     """The held-out text of its own, where `config` names some."""
     if config.validation_files is None:
         return None
-    return cleaned(Files(config.validation_files, reading_of(config)), config)
+    return cleaned(Files(config.validation_files, reading_of(config), f"{key}.validation_files"), config)
 
 
 def reading_of(config: DataConfig) -> Reading:
