@@ -22,6 +22,15 @@ TEXTS = ['One day, "Tom" ran.\nThen he slept.', "Un d\u00eda, Ana\tcorri\u00f3."
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 
+MEND = "there, and must be text: mend or remove that row"
+
+
+def as_parquet(columns: dict[str, list]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()
+
+
 def as_rows(kind: str, texts: list[str]) -> bytes:
     rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
     if kind == ".json":
@@ -136,10 +145,41 @@ def test_a_large_file_in_parts_is_the_file(tmp_path_factory, text, size):
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": b}\n', {}, r"a.jsonl: line 2 is no JSON .* at byte 23\): mend"),
         ("a.jsonl", b'{"body": "a"}\n', {}, r"line 1 has no text called 'text' \(it has body\): .* data.field"),
-        ("a.jsonl", b"3\n", {}, r"line 1 has no text called 'text' \(it is '3'\)"),
+        ("a.jsonl", b"3\n", {}, r"line 1 has no text called 'text' \(it is 3\)"),
         ("a.jsonl", b'{"text": "\xff"}\n', {}, r"a.jsonl is not UTF-8: byte 10 \(0xff, line 1\)"),
         ("a.json", b'{"text": "a"}', {}, r"must be a list of texts or rows; as plain text: data.documents=file"),
         ("a.json", b'["a",\n', {}, r"a.json: line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"id": 1, "text": null}\n', {}, rf"line 2: 'text' is null {MEND}"),
+        ("a.jsonl", b'{"text": 3.5}\n', {}, rf"a.jsonl: line 1: 'text' is 3.5 {MEND}"),
+        ("a.jsonl", b'{"text": ["a", "b"]}\n', {}, rf"a.jsonl: line 1: 'text' is a list {MEND}"),
+        ("a.json", b'[{"body": "a"}, {"body": true}]', {"field": "body"}, rf"a.json: row 2: 'body' is true {MEND}"),
+        ("a.csv", b"id,text\n1,a\n2\n", {}, rf"a.csv: line 3: 'text' is null {MEND}"),
+        ("a.parquet", as_parquet({"text": ["a", None]}), {}, rf"a.parquet: row 2: 'text' is null {MEND}"),
+        ("a.parquet", as_parquet({"text": [1, 2]}), {}, rf"a.parquet: row 1: 'text' is 1 {MEND}"),
+        ("a.parquet", as_parquet({"text": [b"a"]}), {}, rf"a.parquet: row 1: 'text' is b'a' {MEND}"),
+        (
+            "a.jsonl",
+            b'"a"\n{"text": ' + b"9" * 5000 + b"}\n",
+            {},
+            r"a.jsonl: line 2 cannot be read as JSON \(Exceeds the",
+        ),
+        (
+            "a.jsonl",
+            b'"a"\n' + b"[" * 200_000 + b"]" * 200_000,
+            {},
+            r"a.jsonl: line 2 cannot be read as JSON \(.*recurs",
+        ),
+        ("a.json", b"[" + b"9" * 5000 + b"]", {}, r"a.json cannot be read as JSON \(Exceeds the"),
+        ("a.json", b"[" * 200_000 + b"]" * 200_000, {}, r"a.json cannot be read as JSON \(.*recurs"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\u0000c"}\n', {}, r"a.jsonl: line 2: 'text' has a NUL, .*: mend"),
+        (
+            "a.json",
+            b'["a\\u0000"]',
+            {},
+            r"a.json: row 1: the text has a NUL, which no text has: mend or remove that row",
+        ),
+        ("a.csv", b"text\na\n\0\n", {}, r"a.csv: line 3: 'text' has a NUL"),
+        ("a.parquet", as_parquet({"text": ["a\0b"]}), {}, r"a.parquet: row 1: 'text' has a NUL"),
         ("a.csv", b'id,text\n1,"a\n', {}, r"a.csv: line \d is no CSV"),
         ("a.csv", b"id,body\n1,a\n", {}, r"has no text called 'text' \(it has id, body\)"),
         ("a.parquet", b"PAR1", {}, r"a.parquet is no Parquet file, or a damaged one"),

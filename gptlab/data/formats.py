@@ -205,15 +205,28 @@ def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
     else:
         rows = _json_lines(path, count)
     for where, row in rows:
-        text = row if isinstance(row, str) else row.get(reading.field) if isinstance(row, Mapping) else None
+        is_named = isinstance(row, Mapping) and reading.field in row
+        text, called = (row[reading.field], repr(reading.field)) if is_named else (row, "the text")
+        if is_named and not isinstance(text, str):
+            raise ValueError(
+                f"{path}: {where}: {called} is {_shown(text)} there, and must be text: mend or remove that row"
+            )
         if not isinstance(text, str):
-            has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is {str(row)[:40]!r}"
+            has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is {_shown(row)}"
             raise ValueError(
                 f"{path}: {where} has no text called {reading.field!r} ({has}): name the one to read with data.field"
             )
+        if "\0" in text:  # as in plain text, where it tells of bytes that are none
+            raise ValueError(f"{path}: {where}: {called} has a NUL, which no text has: mend or remove that row")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
             yield Document(f"{path.name}:{where.split()[-1]}", text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | Mapping):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)[:40]
 
 
 def _json_lines(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
@@ -221,13 +234,19 @@ def _json_lines(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
     with opened(path, count) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
+                text = decode_text(line, path, first_byte, number)
                 try:
-                    yield f"line {number}", json.loads(decode_text(line, path, first_byte, number))
+                    row = json.loads(text)
                 except json.JSONDecodeError as error:
                     at = f"byte {first_byte + len(error.doc[: error.pos].encode())}"
                     raise ValueError(
                         f"{path}: line {number} is no JSON ({error.msg} at {at}): mend or remove that line"
                     ) from error
+                except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+                    raise ValueError(
+                        f"{path}: line {number} cannot be read as JSON ({error}): mend or remove that line"
+                    ) from error
+                yield f"line {number}", row
             first_byte += len(line)
 
 
@@ -238,6 +257,8 @@ def _json_rows(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno} is no JSON ({error.msg}); JSON lines end in .jsonl") from error
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise ValueError(f"{path} cannot be read as JSON ({error}): mend or remove what is wrong with it") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a .json file must be a list of texts or rows; as plain text: data.documents=file")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
