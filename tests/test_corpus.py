@@ -1,5 +1,6 @@
 """Text in: what is read, what is refused and in which words, and that no validation text is trained on."""
 
+import glob
 import gzip
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptlab import assembly
+from gptlab.config import absolute_paths
 from gptlab.data import document, formats
 from gptlab.data.corpus import Files, split_documents, split_rule
 from gptlab.data.document import Document, without_gutenberg
@@ -238,3 +240,39 @@ def test_what_is_wrong_with_files_is_said_of_the_key_that_names_them(tmp_path, m
     monkeypatch.setenv("GPTLAB_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}={re.escape(repr(files))}[: ]"):
         assembly.data_module(compose(*SMALL, *(word.format(files) for word in given))).prepare_data()
+
+
+def test_a_glob_means_the_same_in_a_folder_whose_name_is_one(tmp_path, monkeypatch):
+    folder = tmp_path / "run [1] of *"
+    folder.mkdir()
+    (tmp_path / "run 1 of 2").mkdir()  # which the name would match
+    for name in ("a.txt", "b.txt", "draft[2].txt", "draft2.txt"):
+        (folder / name).write_text(name)
+        (tmp_path / "run 1 of 2" / name).write_text("another")
+    monkeypatch.chdir(folder)
+    given = {
+        "*.txt": ["a.txt", "b.txt", "draft2.txt", "draft[2].txt"],
+        "draft[2].txt": ["draft[2].txt"],
+        "a.txt": ["a.txt"],
+    }
+    given |= {"./[ab].txt": ["a.txt", "b.txt"], f"{glob.escape(str(folder))}/[a].txt": ["a.txt"]}
+    for pattern, names in given.items():
+        own = f"files: ['{pattern}'], validation_files: '{pattern}'"
+        options = (f"data.mix={{own: {{{own}}}}}", "tokenizer=char", f"tokenizer.files='{pattern}'")
+        cfg = absolute_paths(compose(*SMALL, *options, f"data.tokens='{pattern}'"))
+        node = cfg["data"]["mix"]["own"]
+        for files in (node["files"], node["validation_files"], cfg["tokenizer"]["files"], cfg["data"]["tokens"]):
+            assert Files(files).paths() == [folder / name for name in names]
+            monkeypatch.chdir(tmp_path)
+            assert Files(files).paths() == [folder / name for name in names], "and from another folder"
+            monkeypatch.chdir(folder)
+    cfg = absolute_paths(
+        compose("data=code", "data.source.folders=['src*']", "tokenizer.path='tok*'", "init_from='r*'")
+    )
+    assert cfg["data"]["source"]["folders"] == [f"{folder}/src*"], "what is no glob is left alone"
+    monkeypatch.setenv("HOME", str(folder))
+    assert Files(absolute_paths(compose("data.files='~/a*.txt'"))["data"]["files"]).paths() == [folder / "a.txt"]
+    (tmp_path / "run 1 of 2/gone.txt").write_text("another")
+    with pytest.raises(ValueError, match="no file"):
+        Files(absolute_paths(compose("data.files=gone.txt"))["data"]["files"]).paths()
+    assert (cfg["tokenizer"]["path"], cfg["init_from"]) == (f"{folder}/tok*", f"{folder}/r*")
