@@ -181,16 +181,24 @@ def tokenizer_for(
     owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
     name = [owner.__module__, owner.__qualname__, partial.func.__name__]
     if source is not None:
-        learnt_from = [_source_identity(source, _file_records(source))]
+        records, states = _look_at(source)
+        learnt_from = [_source_identity(source, records)]
         content = (document.text for document in source.documents())
     else:
+        states = {path: state for text in texts for path, state in text.states.items()}
         learnt_from = [text.training_identity for text in texts]
         content = (training for text in texts for training in text.training_texts())
+
+    def build(folder: Path) -> None:
+        made = partial(content)
+        refuse_changed(states)
+        made.save(folder)
+
     key = _key(FORMAT, name, _codes(owner), partial.args, partial.keywords, learnt_from)
     return _once(
         Path(cache) / "tokenizers" / key,
         load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
-        build=lambda folder: partial(content).save(folder),
+        build=build,
     )
 
 
@@ -213,11 +221,13 @@ class SplitText:
     def __init__(self, source: Source, validation_source: Source | None, fraction: float):
         self.source, self.validation_source = source, validation_source
         self.fraction = None if validation_source else fraction
-        self.files = {"source": _file_records(source)}
+        records, self.states = _look_at(source)
+        self.files = {"source": records}
         self.training_identity = [_source_identity(source, self.files["source"]), self.fraction, MANY_DOCUMENTS]
         self.identity = [self.training_identity]
         if validation_source:
-            self.files["validation_source"] = _file_records(validation_source)
+            self.files["validation_source"], states = _look_at(validation_source)
+            self.states |= states
             self.identity.append(_source_identity(validation_source, self.files["validation_source"]))
             self._refuse_overlap()
 
@@ -260,8 +270,24 @@ class SplitText:
         return (document.text for side, document in self.pieces() if side == "train")
 
 
-def _file_records(source: Source) -> list[dict]:
-    return [{"path": str(p), "size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in source.paths()]
+def _look_at(source: Source) -> tuple[list[dict], dict[Path, tuple[int, int]]]:
+    """A record of each file, and the state in which it was before anybody read it."""
+    paths = source.paths()
+    states = {path: _state(path) for path in paths}
+    return [{"path": str(path), "size": states[path][0], "sha256": sha256_of_file(path)} for path in paths], states
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and date, which change with the content."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def refuse_changed(states: dict[Path, tuple[int, int]]) -> None:
+    """Raise ValueError where a file is no longer as it was: what was made of it must not be kept for what it was."""
+    for path, state in states.items():
+        if not path.is_file() or _state(path) != state:
+            raise ValueError(f"{path} changed while it was read: wait until it is written, and start again")
 
 
 def _source_identity(source: Source, files: list[dict]) -> list:
@@ -342,6 +368,7 @@ def _build(
         )
     finally:
         progress.close()
+    refuse_changed(text.states)
     meta = {
         "format": FORMAT,
         "dtype": dtype,
