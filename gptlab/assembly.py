@@ -50,9 +50,7 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
     """The text of `tokenizer.files`, where a tokenizer is to learn from other text than the model."""
     if (files := cfg["tokenizer"].get("files")) is None:
         return None
-    source = Files(files, reading_of(config.data_config(cfg["data"])), "tokenizer.files")
-    source.paths()  # what is wrong with them is said before other text is read
-    return source
+    return Files(files, reading_of(config.data_config(cfg["data"])), "tokenizer.files")
 
 
 def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:
@@ -75,6 +73,9 @@ def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextD
 def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
     """The same, before any text is read."""
     node = config.data_config(cfg["data"])
+    learnt_from = tokenizer_source(cfg)
+    if tokenizer is None and learnt_from is not None:
+        learnt_from.paths()  # what is wrong with them is said before other text is read
     mix = node.mix and {name: config.make(part.get("source")) for name, part in node.mix.items()}
     return data_kind(cfg)(
         node,
@@ -82,7 +83,7 @@ def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> Text
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
         block_size=cfg["model"]["block_size"],
         seed=cfg["seed"],
-        tokenizer_source=None if tokenizer else tokenizer_source(cfg),
+        tokenizer_source=learnt_from,
     )
 
 

@@ -88,7 +88,7 @@ def checked(config: DataConfig) -> tuple[dict[str, DataConfig], dict[str, float]
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             faults.append(f"data.mix.{name}.weight={weight!r} must be a number more than 0")
         try:
-            check(configs[name])
+            check(configs[name], own)
         except ValueError as error:
             faults.append(f"data.mix.{name}: {error}")
     if config.files is not None or config.validation_files is not None:
