@@ -86,6 +86,16 @@ def test_frames_that_stand_one_after_another_are_one_text(tmp_path, packed, size
     assert "".join(texts_of(path)) == "".join(texts)
 
 
+def test_a_byte_order_mark_before_a_separator_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    for first, texts in ((b"---\n", ["one", "two"]), (b"zero\n---\n", ["zero", "one", "two"])):
+        path.write_bytes(b"\xef\xbb\xbf" + first + b"one\n---\ntwo\n")
+        assert texts_of(path, separator="---") == texts
+    path.write_bytes(b"\xef\xbb\xbf---\none\n---\n\xff\n")
+    with pytest.raises(ValueError, match=r"byte 15 \(0xff, line 4\)"):
+        texts_of(path, separator="---")
+
+
 def test_no_cut_through_a_frame_is_taken_for_its_end(tmp_path):
     content = zstandard.compress(b"".join(b"%d squared is %d\n" % (n, n * n) for n in range(300)))
     path = tmp_path / "a.txt.zst"

@@ -5,6 +5,7 @@ in parts.
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -184,7 +185,7 @@ def _separated(path: Path, reading: Reading, count: Count) -> Iterator[Document]
     first_byte, first_line = 0, 1
     with opened(path, count) as file:
         for number, line in enumerate(chain(file, [separator]), start=1):
-            if line.strip() != separator:
+            if (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip() != separator:
                 lines.append(line)
                 continue
             content = b"".join(lines)
