@@ -78,6 +78,9 @@ def test_max_epochs_lifts_the_default_number_of_steps():
         ("optimizer._target_=os.system", ("optimizer._target_", "os.system", "trust=os")),
         ("model.n_layer=", ("n_layer",)),
         ("nonsense", ("nonsense",)),
+        ("data.files=día.txt", ("data.files=día.txt", "quotes")),
+        ("data.files=[a,b", ("data.files=[a,b", "bracket")),
+        ("hydra.run.dir=elsewhere", ("hydra.run.dir=elsewhere", "run_dir=elsewhere")),
     ],
 )
 def test_wrong_words_and_values_are_named_before_anything_loads(override, says, tmp_path, capsys, monkeypatch):

@@ -45,6 +45,11 @@ class MixedDataModule(TextDataModule):
         return {name: text_source(own, given.get(name), f"data.mix.{name}") for name, own in self.configs.items()}
 
     @property
+    def source(self) -> None:
+        """No text is the one that all windows are of, even if only one is named."""
+        return
+
+    @property
     def source_names(self) -> list[str]:
         return list(self.sources)
 

@@ -261,12 +261,15 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 
 
 def text_source(config: DataConfig, source: Source | None, key: str = "data") -> Source:
-    """The text that `config`, which stands at `key`, names, cleaned: `files`, or else `source`, made of its source."""
+    """The text that `config`, which stands at `key`, names, cleaned: `files`, or else `source`, made of its source.
+
+    Where copies are left out, so are those of the held-out text of its own.
+    """
     if config.files is not None:
         source = Files(config.files, reading_of(config), f"{key}.files")
     if source is None:
         raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-    return cleaned(source, config)
+    return cleaned(source, config, validation_source(config, key) if config.deduplicate else None)
 
 
 def validation_source(config: DataConfig, key: str = "data") -> Source | None:
@@ -280,10 +283,10 @@ def reading_of(config: DataConfig) -> Reading:
     return Reading(config.documents, config.separator, config.field, config.strip_gutenberg)
 
 
-def cleaned(source: Source, config: DataConfig) -> Source:
+def cleaned(source: Source, config: DataConfig, held_out: Source | None = None) -> Source:
     """The source, in a wrapper that cleans its documents where something is to be cleaned."""
     cleaning = cleaning_of(config)
-    return Cleaned(source, cleaning) if cleaning.changes_text else source
+    return Cleaned(source, cleaning, held_out) if cleaning.changes_text else source
 
 
 def cleaning_of(config: DataConfig) -> Cleaning:
