@@ -11,6 +11,7 @@ from pathlib import Path
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading, read_documents
 from gptlab.data.grammar import Optimum
+from gptlab.data.opening import opened
 from gptlab.data.remote import is_remote, local_copies
 
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
@@ -40,7 +41,7 @@ class Source(ABC):
     @property
     def kinds(self) -> list[type]:
         """The classes whose modules make the documents: with an edit in one of them, a cache is stale."""
-        return [type(self), Reading, Document]
+        return [type(self), Reading, opened, Document]
 
     @property
     def settings(self) -> dict:

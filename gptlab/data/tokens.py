@@ -28,6 +28,7 @@ from gptlab.data import encoding
 from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_rule
 from gptlab.data.document import Document
 from gptlab.data.encoding import SIDES
+from gptlab.data.states import look_at, refuse_changed
 from gptlab.data.workers import processes
 from gptlab.files import open_more, sha256_of_file
 from gptlab.run import write_json
@@ -195,7 +196,7 @@ def tokenizer_for(
     owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
     name = [owner.__module__, owner.__qualname__, partial.func.__name__]
     if source is not None:
-        records, states = _look_at(source)
+        records, states = look_at(source)
         learnt_from = [_source_identity(source, records)]
         content = (document.text for document in source.documents())
     else:
@@ -235,12 +236,12 @@ class SplitText:
     def __init__(self, source: Source, validation_source: Source | None, fraction: float):
         self.source, self.validation_source = source, validation_source
         self.fraction = None if validation_source else fraction
-        records, self.states = _look_at(source)
+        records, self.states = look_at(source)
         self.files = {"source": records}
         self.training_identity = [_source_identity(source, self.files["source"]), self.fraction, MANY_DOCUMENTS]
         self.identity = [self.training_identity]
         if validation_source:
-            self.files["validation_source"], states = _look_at(validation_source)
+            self.files["validation_source"], states = look_at(validation_source)
             self.states |= states
             self.identity.append(_source_identity(validation_source, self.files["validation_source"]))
             self._refuse_overlap()
@@ -290,26 +291,6 @@ class SplitText:
 
     def training_texts(self) -> Iterator[str]:
         return (document.text for side, document in self.pieces() if side == "train")
-
-
-def _look_at(source: Source) -> tuple[list[dict], dict[Path, tuple[int, int]]]:
-    """A record of each file, and the state in which it was before anybody read it."""
-    paths = source.paths()
-    states = {path: _state(path) for path in paths}
-    return [{"path": str(path), "size": states[path][0], "sha256": sha256_of_file(path)} for path in paths], states
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Size and date, which change with the content."""
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
-def refuse_changed(states: dict[Path, tuple[int, int]]) -> None:
-    """Raise ValueError where a file is no longer as it was: what was made of it must not be kept for what it was."""
-    for path, state in states.items():
-        if not path.is_file() or _state(path) != state:
-            raise ValueError(f"{path} changed while it was read: wait until it is written, and start again")
 
 
 def _source_identity(source: Source, files: list[dict]) -> list:
