@@ -153,8 +153,8 @@ FLOORS = {
     "tokenizer dialogue losses optim cost depth chunks vocabulary pieces words borrowed",
     1: "engine sampling texts safety checkpoint bundle exported loading run jobs data.batches data.changes "
     "data.checking data.cleaning data.code data.corpus data.datatrove data.document data.encoding data.formats "
-    "data.grammar data.ids data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories "
-    "data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers scoring excess "
+    "data.grammar data.ids data.listed data.mixture data.opening data.overlap data.remote data.shards data.sources "
+    "data.states data.stories data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers scoring excess "
     "evaluate.copies evaluate.quality evaluate.writing",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record "
