@@ -160,7 +160,7 @@ def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] 
 
 
 class Unfilled(TorchFunctionMode):
-    """No first values for weights that will be replaced: on `meta` they are of no use, and torch imports 80 MB for them."""
+    """No first values for weights that will be replaced: on `meta` they are of no use, and torch imports 80 MB more."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
