@@ -15,6 +15,7 @@ from serving import LETTERS, serving, small
 from gptlab.safety import Safety
 from gptlab.sampling import NOT_FINITE
 from gptlab.serve import limits as limits_module
+from gptlab.serve import service as service_module
 from gptlab.serve.__main__ import key_of, listen
 from gptlab.serve.limits import Limits, is_loopback, name_of, require_key
 
@@ -66,6 +67,7 @@ def error_of(answer: tuple[int, dict]) -> tuple[int, str | None, str | None]:
         ({"n": 9}, "n", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
+        ({"top_p": 10**400}, "top_p", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"top_k": 0}, "top_k", "invalid_value"),
         ({"seed": 2**70}, "seed", "invalid_value"),
@@ -146,7 +148,18 @@ def test_a_wrong_field_of_a_chat_is_named(chatty, fields, param, code):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"a": NaN}', b"[" * 9000, b'{"a":"\\ud800"}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"temperature": 1e999}',
+        b"[" * 9000,
+        b'{"a":"\\ud800"}',
+    ],
 )
 def test_a_body_that_is_no_json_object_is_a_400(base, body):
     assert error_of(base.post("/v1/completions", body)) == (400, None, "invalid_json")
@@ -289,14 +302,33 @@ def test_a_client_that_leaves_frees_its_place(stream, waits):
 
 
 def test_a_reader_who_does_not_read_holds_up_nobody():
-    with serving(parallel=1, max_tokens=3000) as served:
-        slow = served.open({"prompt": "a", "max_tokens": 3000, "truncation": "auto", "stream": True, "logprobs": 20})
+    with serving(parallel=1, buffer_bytes=4096) as served:
+        slow = served.open(LONG | {"max_tokens": 500, "truncation": "auto", "stream": True, "logprobs": 20})
         assert served.post("/v1/completions", ASKED)[0] == 200  # when the other one's text is there, unread
         assert served.service.admission.here == 0
+        assert served.service.metrics.counts["gptlab_completion_tokens_total"] >= 500
         said = b""
         while b"[DONE]" not in said:
             said = said[-20:] + slow.recv(2**16)
         slow.close()
+
+
+def test_a_reader_who_never_reads_is_left(monkeypatch):
+    monkeypatch.setattr(service_module, "SEND_TIMEOUT_S", 0.3)
+    body = LONG | {"max_tokens": 3000, "truncation": "auto", "stream": True, "logprobs": 20}
+    with serving(buffer_bytes=4096) as served:
+        held = served.open(body)
+        end = time.monotonic() + 20
+        while not served.service.metrics.requests["/v1/completions", 200]:  # counted when it is over
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = b""
+        while piece := held.recv(2**16):
+            said += piece
+        assert b"[DONE]" not in said
+        assert said.startswith(b"HTTP/1.1 200")
+        served.until_idle()
+        held.close()
 
 
 @pytest.mark.parametrize("stream", [True, False])
