@@ -163,7 +163,8 @@ FLOORS = {
     "launchers soundness study staged train prepare validate_data generate chat evaluate.subject "
     "evaluate.held_out evaluate.parts evaluate.harness evaluate.table evaluate.__main__ "
     "export.__main__ export.facts export.folder export.ggml_vocabulary export.gguf export.template "
-    "export.vocabulary __main__",
+    "export.vocabulary serve.__main__ serve.options serve.api serve.service serve.prepare serve.schema serve.shapes "
+    "serve.limits serve.metrics serve.worker serve.errors __main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
@@ -194,6 +195,11 @@ MAY_IMPORT = {
         "filelock",
         "lm_eval",
         "transformers",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "pydantic",
+        "pydantic_core",
     },
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
