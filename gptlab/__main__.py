@@ -13,6 +13,8 @@ DOORS = {
     "generate": "let a run continue a text",
     "chat": "talk with a run in the terminal",
     "evaluate": "the loss of a run on held-out text, its answers and samples",
+    "export": "write a run so that other programs load it",
+    "serve": "answer OpenAI's API with a run, and offer a chat page",
 }
 
 

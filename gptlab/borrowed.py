@@ -110,20 +110,20 @@ class HuggingFaceTokenizer(ByteLevelTokenizer):
         try:
             content = loads(json)
             added = {token["id"]: token for token in content["added_tokens"]}
-            self._tokenizer = library.Tokenizer.from_str(dumps(_without_frills(content)))
+            self._tokenizer = library.Tokenizer.from_str(dumps(without_frills(content)))
         except Exception as error:  # the library raises this very class
             raise ValueError(f"not a tokenizer.json that tokenizers can read, or a damaged one ({error})") from error
         self._tokenizer.encode_special_tokens = True  # they are text, where text holds them
         names = {i: name for name, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
         special = [names.get(i) if added.get(i, {}).get("special") else None for i in range(N_SPECIAL)]
-        self._shift = 0 if tuple(special) == SPECIAL_TOKENS else N_SPECIAL
+        self.shift = 0 if tuple(special) == SPECIAL_TOKENS else N_SPECIAL  # by which its ids are moved up
         if "ByteLevel" not in _types(content.get("pre_tokenizer")):
             raise ValueError(
                 f"its pieces are not made of bytes (a {content['model'].get('type')} model), so text would be lost; "
                 "use a byte-level tokenizer.json, as GPT-2's, Llama 3's or Qwen's, or a sentencepiece model"
             )
         self.domain_tokens = tuple(token["content"] for token in added.values() if not token["special"])
-        self._know({i: _content(name, added.get(i)) for i, name in names.items()}, self._shift)
+        self._know({i: _content(name, added.get(i)) for i, name in names.items()}, self.shift)
         for token in added.values():
             if token["special"] and not all(self._bytes_of_id[i] for i in self._encode(token["content"])):
                 raise ValueError(f"text can spell its special token {token['content']!r}, so it would be lost")
@@ -174,7 +174,7 @@ class HuggingFaceTokenizer(ByteLevelTokenizer):
 
     def _encode(self, text: str) -> Sequence[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [i + self._shift for i in ids] if self._shift else ids
+        return [i + self.shift for i in ids] if self.shift else ids
 
     @cached_property
     def loses(self) -> str:
@@ -188,10 +188,10 @@ class HuggingFaceTokenizer(ByteLevelTokenizer):
         return {"json": self.json}
 
     def _meaning(self) -> object:
-        return _without_frills(loads(self.json))  # however it is laid out
+        return without_frills(loads(self.json))  # however it is laid out
 
 
-def _without_frills(content: dict[str, Any]) -> dict[str, Any]:
+def without_frills(content: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer.json but for what adds to ids, cuts them, draws lots, or swallows spaces about a token."""
     added = [token | {"lstrip": False, "rstrip": False} for token in content["added_tokens"]]
     off = {"truncation": None, "padding": None, "post_processor": None}

@@ -204,10 +204,14 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
         data["mix"] = {name: with_paths(f"data.mix.{name}", part) for name, part in data["mix"].items()}
     given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
     tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
+    run, prefix = cfg["init_from"], ""
+    if isinstance(run, str) and run.startswith("hf:"):
+        run, prefix = run.removeprefix("hf:"), "hf:"
+    run = absolute("init_from", run)
     return cfg | {
         "data": data,
         "tokenizer": cfg["tokenizer"] | tokenizer,
-        "init_from": absolute("init_from", cfg["init_from"]),
+        "init_from": prefix + run if prefix else run,
     }
 
 

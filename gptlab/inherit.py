@@ -1,25 +1,34 @@
 """`init_from`: another run's network, weights and tokenizer, as the start of a run of its own."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gptlab import checkpoint, config
+from torch import Tensor
+
+from gptlab import checkpoint, config, exported
 from gptlab.files import sha256_of_file
 from gptlab.model import GPTConfig
 from gptlab.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_state
 
 
-def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any], Tokenizer]:
-    """The config with the parent's network and record, the parent's checkpoint, and its tokenizer.
+def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
+    """The config with the parent's network and record, the parent's weights, and its tokenizer.
 
     `overridden` are the keys given on the command line, each with what was typed for it: what contradicts the parent is
     an error, except for the fields of the network that change no weight.
     """
-    path = checkpoint.find(Path(cfg["init_from"]))
-    parent = checkpoint.load(path)
-    theirs = checkpoint.model_config(parent)
-    tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
+    if (folder := exported.folder_of(cfg["init_from"])) is not None:
+        path, sha256 = folder, exported.sha256(folder)
+        theirs, weights, tokenizer, _ = exported.load(folder, config.trusted(cfg))
+        theirs = replace(theirs, vocab_multiple=cfg["model"]["vocab_multiple"])  # its file has no more rows than tokens
+        weights = exported.padded(theirs, weights)
+    else:
+        path = checkpoint.find(Path(cfg["init_from"]))
+        sha256, parent = sha256_of_file(path), checkpoint.load(path)
+        theirs, weights = checkpoint.model_config(parent), checkpoint.model_weights(parent)
+        tokenizer = tokenizer_from_state(parent[checkpoint.OWN_KEY]["tokenizer"], config.trusted(cfg))
     faults = dict(network_faults(cfg["model"], theirs, overridden))
     faults |= tokenizer_faults(cfg["tokenizer"], tokenizer, config.trusted(cfg), overridden)
     if faults:
@@ -32,8 +41,8 @@ def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, 
         )
     own = {name for name in free_fields(theirs) if f"model.{name}" in overridden}
     network = cfg["model"] | {name: value for name, value in vars(theirs).items() if name not in own}
-    record = {"checkpoint": str(path.absolute()), "sha256": sha256_of_file(path)}
-    return cfg | {"model": network, "parent": record}, parent, tokenizer
+    record = {"checkpoint": str(path.absolute()), "sha256": sha256}
+    return cfg | {"model": network, "parent": record}, weights, tokenizer
 
 
 def before_training(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, Any], Tokenizer | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gptlab import checkpoint
+from gptlab import checkpoint, exported
 from gptlab.engine import Engine, Request
 from gptlab.model import GPT
 from gptlab.sampling import Sampling
@@ -68,8 +68,11 @@ def load(
     On a CPU, in the type that they are kept in, the weights stay in the file, and are read as they are used.
     Raises ValueError for what is no RUN, is damaged, or names classes of packages outside `trust`.
     """
-    path = checkpoint.find(Path(run), which)
-    model, tokenizer, own = checkpoint.open_model(path, trust)
+    if (path := exported.folder_of(run)) is not None:
+        model, tokenizer, own = exported.open_model(path, trust)
+    else:
+        path = checkpoint.find(Path(run), which)
+        model, tokenizer, own = checkpoint.open_model(path, trust)
     return Loaded(model.to(device, dtype), tokenizer, path, knows_turns=bool(own.get("knows_turns")))
 
 

@@ -32,6 +32,7 @@ class GPTConfig:
     n_head: int = 4  # attention heads
     n_kv_head: int | None = None  # key/value heads (grouped queries); null: n_head
     n_embd: int = 256  # model width
+    head_dim: int | None = None  # width of a head; null: n_embd / n_head
     mlp_width: int | None = None  # null: 4 x n_embd, for swiglu two thirds of that, rounded up to 64
     norm: str = "rmsnorm"  # rmsnorm | layernorm | a dotted name
     positions: str = "rope"  # rope | learned
@@ -49,7 +50,7 @@ class GPTConfig:
 
     @property
     def head_width(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -70,17 +71,18 @@ class GPTConfig:
 
     def faults(self) -> list[str]:
         """Every reason why no network can be built from this config, each with its field and value."""
-        optional = [name for name in ("n_kv_head", "mlp_width") if getattr(self, name) is not None]
+        optional = [name for name in ("n_kv_head", "mlp_width", "head_dim") if getattr(self, name) is not None]
         counts = ("vocab_size", "vocab_multiple", "block_size", "n_layer", "n_head", "n_embd", *optional)
         low = [name for name in counts if (getattr(self, name) or 0) < 1]
         faults = [f"model.{name}={getattr(self, name)} must be at least 1" for name in low]
-        if not {"n_head", "n_embd"} & set(low):
-            if self.n_embd % self.n_head:
+        if not {"n_head", "n_embd", "head_dim"} & set(low):
+            if self.head_dim is None and self.n_embd % self.n_head:
                 step = self.n_head * (2 if self.positions == "rope" else 1)
                 near = round(self.n_embd / step) * step or step
                 faults.append(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; {near} is")
             elif self.positions == "rope" and self.head_width % 2:
-                faults.append(f"model.positions=rope needs an even head width, n_embd / n_head is {self.head_width}")
+                which = "n_embd / n_head" if self.head_dim is None else "model.head_dim"
+                faults.append(f"model.positions=rope needs an even head width, {which} is {self.head_width}")
         if not {"n_head", "n_kv_head"} & set(low) and self.n_head % self.kv_heads:
             faults.append(f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}")
         if self.positions not in ("rope", "learned"):

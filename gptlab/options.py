@@ -160,3 +160,24 @@ def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1 on")
     return int(word)
+
+
+EXPORTS = {  # the formats, what each is, and its types of weights
+    "hf": ("a folder for transformers, vLLM and trl: Llama, Qwen3 or GPT-2, by the network", ("f32", "bf16", "f16")),
+    "bundle": ("that folder with gptlab.json: hashes, training config and figures", ("f32", "bf16", "f16")),
+    "gguf": ("a file for llama.cpp, and for what is built on it", ("f32", "f16", "q8_0")),
+}
+
+
+def export() -> Options:
+    rows = "\n".join(f"  {name:<8} {does} ({', '.join(types)})" for name, (does, types) in EXPORTS.items())
+    checked = "Before it has its name, a folder is loaded by transformers, and its ids and logits are compared."
+    options = Options(
+        "export", "Write a trained model so that other programs load it.", f"formats:\n{rows}\n\n{checked}"
+    )
+    options.add_run()
+    add = options.add_argument
+    add("out", metavar="OUT", help="the folder, or for gguf the file, that is to be made")
+    add("--format", choices=EXPORTS, default="hf", help="what to write (hf)")
+    add("--dtype", metavar="TYPE", help="of the weights; the type they have, for gguf f32, where it is not given")
+    return options

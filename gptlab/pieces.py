@@ -2,8 +2,10 @@
 
 import io
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -104,3 +106,60 @@ def learn(
                 raise ValueError(f"tokenizer.vocab_size={vocab_size}: {remedy.format(found[1])}") from error
         raise
     return model.getvalue()
+
+
+KINDS = (
+    "",
+    "normal",
+    "unknown",
+    "control",
+    "domain",
+    "unused",
+    "byte",
+)  # what a piece may be, by sentencepiece's number
+MODEL_TYPES = ("", "unigram", "bpe", "word", "char")
+
+
+class Piece(NamedTuple):
+    text: str  # a space is SPACE
+    score: float
+    kind: str
+
+
+def contents(model: bytes) -> tuple[str, list[Piece]]:
+    """The type of a sentencepiece model, and its pieces in the order of their ids; the processor tells only some of it.
+
+    A model is a message of protocol buffers: field 1 is a piece, each time it comes, with 1 its text, 2 its score and 3
+    its kind; field 2 tells how it was trained, with 3 its type.
+    """
+    pieces, model_type = [], 1
+    for number, value in _fields(model):
+        if number == 1:
+            found = dict(_fields(value))
+            (score,) = struct.unpack("<f", found.get(2, bytes(4)))
+            pieces.append(Piece(found.get(1, b"").decode(), score, KINDS[found.get(3, 1)]))
+        elif number == 2:
+            model_type = dict(_fields(value)).get(3, 1)
+    return MODEL_TYPES[model_type], pieces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message: their numbers, and their values as whole numbers or bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        kind = key & 7
+        value, at = _varint(message, at) if kind in (0, 2) else ({1: 8, 5: 4}[kind], at)
+        if kind:  # so many bytes
+            value, at = message[at : at + value], at + value
+        yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number that begins there, seven bits a byte, and the place after it."""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if message[at - 1] < 128:
+            return value, at

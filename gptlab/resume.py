@@ -143,7 +143,11 @@ def _from_2(config: dict[str, Any]) -> None:
         config["optimizer"].setdefault("width", None)
 
 
-MIGRATIONS = (_from_1, _from_2)  # of the config, from format 1 to 2 and so on
+def _from_3(config: dict[str, Any]) -> None:
+    config["model"].setdefault("head_dim", None)
+
+
+MIGRATIONS = (_from_1, _from_2, _from_3)  # of the config, from format 1 to 2 and so on
 RUN_FORMAT = len(MIGRATIONS) + 1
 
 

@@ -187,7 +187,7 @@ def load_tokenizer(path: str | Path, trust: tuple[str, ...] = ()) -> Tokenizer:
                 raise ValueError(f"damaged tokenizer: {key!r} names no file of its own")
             state["data"][key] = file.with_name(f"tokenizer.{key}").read_bytes()
         return Tokenizer.from_state(state, trust)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         remedy = "; it is damaged: restore it, or name another" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{file}: {error}{remedy}") from error
 

@@ -120,7 +120,7 @@ def run(
         assembly.import_compiler(cfg)
         model = assembly.build_model(cfg, data.tokenizer)
         if parent is not None:
-            model.load_state_dict(checkpoint.model_weights(parent))
+            model.load_state_dict(parent)
 
         accumulate = cfg["trainer"]["accumulate_grad_batches"]
         total_steps = assembly.steps_to_train(cfg["trainer"], len(data.order(accumulate, 0, world)) // accumulate)

@@ -33,6 +33,7 @@ CONFIGS = {
     "no qk_norm": {"qk_norm": False},
     "untied": {"tie_embeddings": False},
     "odd vocabulary": {"vocab_size": 67},
+    "wide heads": {"head_dim": 12},
     "dropout": {"dropout": 0.3},
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -292,7 +293,7 @@ def count(model: nn.Module) -> int:
 
 
 def formula(c: GPTConfig) -> int:
-    D, E, W, bias = c.n_embd, c.n_embd // c.n_head, c.hidden_width, int(c.bias)
+    D, E, W, bias = c.n_embd, c.head_dim or c.n_embd // c.n_head, c.hidden_width, int(c.bias)
     norm = D * (1 + (bias if c.norm == "layernorm" else 0))
     qkv = (D + bias) * (c.n_head + 2 * c.kv_heads) * E
     attention = qkv + (c.n_head * E + bias) * D + (2 * E if c.qk_norm else 0)
@@ -429,7 +430,9 @@ def test_bf16_autocast_is_close(attention):
         ({"mlp_width": 0}, "model.mlp_width=0 must be at least 1"),
         ({"n_embd": 30}, "model.n_embd=30 is not divisible by model.n_head=4; 32 is"),
         ({"n_embd": 2}, "model.n_embd=2 is not divisible by model.n_head=4; 8 is"),
-        ({"n_embd": 36}, "model.positions=rope needs an even head width"),
+        ({"n_embd": 36}, "model.positions=rope needs an even head width, n_embd / n_head is 9"),
+        ({"head_dim": 0}, "model.head_dim=0 must be at least 1"),
+        ({"head_dim": 7}, "model.positions=rope needs an even head width, model.head_dim is 7"),
         ({"n_kv_head": 3}, "model.n_head=4 is not divisible by model.n_kv_head=3"),
         ({"positions": "alibi"}, "model.positions='alibi' is none of rope, learned"),
         ({"norm": "batchnorm"}, "model.norm='batchnorm' is none of rmsnorm, layernorm, nor a dotted name"),

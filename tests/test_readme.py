@@ -46,7 +46,10 @@ def paced(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow) if "seed=1,2,3" in command else command
 
 
-@pytest.mark.parametrize("command", [paced(row) for row in TOUR if "runs/first" not in row])
+LINKED = re.compile("resume=|run_dir=|runs/|exported")  # rows of several that go together
+
+
+@pytest.mark.parametrize("command", [paced(row) for row in TOUR if not LINKED.search(row)])
 def test_tour(command, folder):
     options = () if "gptlab.prepare" in command else (*FEW, *(() if "model." in command else SMALLER))
     if "experiments=" in command:  # the vocabulary of the experiment is too large for the small text
@@ -63,6 +66,13 @@ def test_stop_and_go_on_and_use_what_was_trained(folder):
     assert "at step 40" in run(second, folder)
     for command in others:
         run(command, folder)
+
+
+def test_export_and_start_from_it(folder):
+    train, export, again = (row for row in TOUR if "exported" in row)
+    run(train, folder, "compile=false", "data.batch_size=4", *SMALLER[:1])
+    assert run(export, folder).splitlines()[-1] == f"exported: {folder}/exported"
+    assert "run: " in run(again, folder, "compile=false", "data.batch_size=4")
 
 
 def test_every_test_that_the_page_on_reliability_names_is_there():

@@ -224,9 +224,10 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(train, tmp_path):
 def as_format_1(run: Path) -> None:
     """The run folder as the first version of gptlab left it."""
     cfg = yaml.safe_load((run / "config.yaml").read_text())
-    assert cfg.pop("format") == 3
+    assert cfg.pop("format") == 4
     del (
         cfg["depth"],
+        cfg["model"]["head_dim"],
         cfg["data"]["text_bytes"],
         cfg["nonfinite"],
         cfg["checkpoint"]["every_minutes"],
@@ -250,15 +251,15 @@ def test_a_run_of_an_older_format_goes_on(train, tmp_path):
     as_format_1(part)
     assert train(part, f"resume={part}") == 0
     assert_same_run(whole, part)
-    assert yaml.safe_load((part / "config.yaml").read_text())["format"] == 3
+    assert yaml.safe_load((part / "config.yaml").read_text())["format"] == 4
 
 
 def test_a_run_of_a_newer_format_is_refused_by_name(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=2") == 0
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("format: 3", "format: 4"))
-    with pytest.raises(ValueError, match="a run folder of format 4, this gptlab knows up to 3"):
+    (run / "config.yaml").write_text(text.replace("format: 4", "format: 5"))
+    with pytest.raises(ValueError, match="a run folder of format 5, this gptlab knows up to 4"):
         train(run, f"resume={run}")
     (run / "config.yaml").write_text(text)
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)

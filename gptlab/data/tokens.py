@@ -256,7 +256,7 @@ class SplitText:
                 for document in source.documents():
                     is_empty = False
                     yield side, document
-                if is_empty:
+                if is_empty and source.paths():  # of what is read while training, nothing is prepared
                     raise ValueError(
                         f"no text is left for {side}: no document of it is long enough, or none is new; lower "
                         "data.min_characters, or give more text"
