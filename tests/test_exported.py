@@ -126,7 +126,9 @@ def test_begin_and_padding_of_its_own_move_too(tmp_path):
         torch.testing.assert_close(rows[ours], table.mean(dim=0))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama, tied", "qwen3"))]
+)
 def test_from_a_folder_through_training_to_a_folder(name, tmp_path, text_file):
     """With a learning rate of 0 nothing has changed on the way but the names of the ids."""
     theirs = saved_by_transformers(tmp_path / "hf", name)
