@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptlab import architectures, bundle, checkpoint, tensors
+from gptlab import architectures, bundle, checkpoint, tensors, weight_names
 from gptlab.files import sha256_of_file
 from gptlab.model import GPT, GPTConfig
 from gptlab.tokenizer import BOS_ID, EOS_ID, PAD_ID, SIDECAR, Tokenizer, load_tokenizer
@@ -61,7 +61,7 @@ def load(folder: Path, trust: tuple[str, ...] = ()) -> Exported:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
-        weights = architectures.to_ours(config, read_weights(folder))
+        weights = weight_names.to_ours(config, read_weights(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer, shift = read_tokenizer(folder, trust)

@@ -146,8 +146,8 @@ def test_version_and_help_as_commands(tmp_path):
 
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
-    0: "formulas attention names signals ranks meeting files machine sharding tensors model architectures cache "
-    "tokenizer dialogue losses optim cost depth chunks vocabulary pieces words borrowed",
+    0: "formulas attention names signals ranks meeting files machine sharding tensors model architectures weight_names "
+    "cache tokenizer dialogue losses optim cost depth chunks vocabulary pieces words borrowed",
     1: "engine sampling texts safety checkpoint bundle exported loading run jobs data.batches data.changes "
     "data.checking data.cleaning data.code data.corpus data.datatrove data.document data.encoding data.formats "
     "data.grammar data.ids data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories "

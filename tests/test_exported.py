@@ -17,7 +17,7 @@ from kinds import foreign_json, of_kind
 from safetensors.torch import load_file, save_file
 from test_export import GPT2, LLAMA, export, network, save
 
-from gptlab import architectures, bundle, checkpoint, exported, loading
+from gptlab import bundle, checkpoint, exported, loading, weight_names
 from gptlab.exported import folder_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -494,8 +494,8 @@ def test_names_of_theirs_are_all_used_and_no_other():
     """What `to_ours` asks for is what `to_theirs` gives, for each kind of network."""
     for changes in ({}, LLAMA, LLAMA | {"bias": True}, GPT2, GPT2 | {"bias": True}, {"tie_embeddings": False}):
         model = network(269, **changes)
-        theirs = architectures.to_theirs(model.config, model.state_dict())
-        again = architectures.to_ours(model.config, exported_rows(theirs, model))
+        theirs = weight_names.to_theirs(model.config, model.state_dict())
+        again = weight_names.to_ours(model.config, exported_rows(theirs, model))
         assert again.keys() == model.state_dict().keys()
 
 
