@@ -12,7 +12,9 @@ DOORS = {
     "validate_data": "check text, its tokenizer and its tokens",
     "generate": "let a run continue a text",
     "chat": "talk with a run in the terminal",
+    "evaluate": "the loss of a run on held-out text, its answers and samples",
     "export": "write a run so that other programs load it",
+    "serve": "answer OpenAI's API with a run, and offer a chat page",
 }
 
 

@@ -22,6 +22,7 @@ from gptlab.callbacks.record import MetricsFile, Monitor, RunRecord
 from gptlab.callbacks.saving import Checkpoints, RandomState
 from gptlab.callbacks.steps import Budget, CompileAhead, Interrupts, Requests
 from gptlab.callbacks.watching import Alerts, ConsoleLines, ProgressBar, Samples
+from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.mixed import MixedDataModule
 from gptlab.data.module import TextDataModule, reading_of
@@ -50,12 +51,13 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
     """The text of `tokenizer.files`, where a tokenizer is to learn from other text than the model."""
     if (files := cfg["tokenizer"].get("files")) is None:
         return None
-    source = Files(files, reading_of(config.data_config(cfg["data"])))
+    node = config.data_config(cfg["data"])
+    source = Files(files, reading_of(node))
     try:
         source.paths()
     except ValueError as error:
         raise ValueError(str(error).replace("data.files", "tokenizer.files")) from error
-    return source
+    return Cleaned(source, Cleaning(node.normalize, 0, None, 1.0)) if node.normalize else source
 
 
 def data_kind(cfg: dict[str, Any]) -> type[TextDataModule]:

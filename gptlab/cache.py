@@ -21,8 +21,9 @@ class LayerCache:
     def lay_out(self, heads: int) -> None:
         """Take the memory, once it is known how many of the K heads are here: a rank may hold only some."""
         B, _, S, E = self.shape
-        self.keys = torch.empty(B, heads, S, E, **self.settings)
-        self.values = torch.empty(B, heads, S, E, **self.settings)
+        # zeros: a masked value weighs nothing, unless memory that was never written says NaN
+        self.keys = torch.zeros(B, heads, S, E, **self.settings)
+        self.values = torch.zeros(B, heads, S, E, **self.settings)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, K, T, E); return all held so far, (B, K, S, E)."""
@@ -71,6 +72,12 @@ class KVCache:
             row.layers = [layer.row(number) for layer in self.layers]
             rows.append(row)
         return rows
+
+    def wipe(self) -> None:
+        """Overwrite what is not held: a NaN there would reach sequences that are computed together with this one."""
+        for layer in self.layers:
+            if hasattr(layer, "keys"):
+                layer.keys[:, :, layer.length :] = layer.values[:, :, layer.length :] = 0
 
     def copy_from(self, other: "KVCache") -> None:
         """Hold what `other`, of the same shape, holds."""

@@ -214,3 +214,7 @@ def main(arguments: argparse.Namespace) -> int:
                 raise
             print("\n[stopped]", flush=True)
     return flags.DONE
+
+
+if __name__ == "__main__":
+    flags.end(main, ARGUMENTS)

@@ -199,6 +199,8 @@ def hydra_door(name: str, act: Callable[[dict[str, Any], dict[str, str], str], i
             known = ", ".join(config.words_of("hydra/launcher"))
             raise ValueError(f"hydra/launcher={word} starts no processes for jobs; use one of {known}")
         try:
+            if (run := HydraConfig.get().run.dir) != ".":
+                raise ValueError(f"hydra.run.dir={run} has no use here: give run_dir={run}")
             plain = config.plain(cfg)
             checks.check_targets(plain, config.trusted(plain))
             outcome["code"] = act(plain, given_keys(), run_name(plain))

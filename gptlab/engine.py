@@ -68,7 +68,9 @@ class Sample:
         self.ids: list[int] = []  # without the prompt, and without the one that stopped it
         self.logprobs: list[Logprob] = []
         self.prompt_logprobs: list[Logprob] = []
-        self.finish_reason: str | None = None  # stop: by one of stop_ids; length: max_tokens, or a full context
+        # stop: by one of stop_ids; length: max_tokens, or a full context; error: by `error`
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None  # what went wrong with this one, where others may have gone on
         self.generator = request.sampling.generator(number)
         self.constraint = request.constraint() if request.constraint else None
         self.pending: list[int] = []  # tokens that the cache does not hold yet
@@ -143,15 +145,26 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
-        """A token more for every sample under way, and a piece of the next prompt; those that grew or ended."""
+        """A token more for every sample under way, and a piece of the next prompt; those that grew or ended.
+
+        What goes wrong with a sample becomes its `error`, and ends it alone.
+        """
         grown = list(self.active)
         if self.active:
-            self._decode()
+            try:
+                self._decode()
+            except Exception as error:  # what their rows hold now is not known
+                self._fail(list(self.active), error)
         if not self.reading and self.waiting and len(self.active) + len(self.waiting[0]) <= len(self.rows):
             self.reading = self.waiting.popleft()
             self.rows[-1].clear()
         if self.reading:
-            grown += self._read()
+            reading = list(self.reading)
+            try:
+                grown += self._read()
+            except Exception as error:
+                self._fail(reading, error)
+                grown += reading
         return grown
 
     def run(self, request: Request) -> Iterator[Sample]:
@@ -213,6 +226,12 @@ class Engine:
             self._grow(sample, own)
 
     def _grow(self, sample: Sample, logits: Tensor) -> None:
+        try:
+            self._draw(sample, logits)
+        except Exception as error:
+            self._fail([sample], error)
+
+    def _draw(self, sample: Sample, logits: Tensor) -> None:
         """Draw the next token from `logits` (V,), and end the sample if that is the last."""
         request = sample.request
         if len(sample.ids) == request.max_tokens:
@@ -235,6 +254,19 @@ class Engine:
         if len(sample.ids) == request.max_tokens or is_full:
             self._leave(sample, "length")
         return None
+
+    def _fail(self, samples: list[Sample], error: Exception) -> None:
+        """End samples, those under way or those whose prompt is being read."""
+        for sample in samples:
+            sample.error = sample.error or error
+            if sample in self.active:
+                self._leave(sample, "error")
+            sample.finish_reason = sample.finish_reason or "error"
+        self.reading = [sample for sample in self.reading if sample not in samples]
+        for place, row in enumerate(self.rows):  # of numbers that are none, nothing may be left
+            if place >= len(self.active) and not (self.reading and row is self.rows[-1]):
+                row.clear()
+            row.wipe()
 
     def _leave(self, sample: Sample, reason: str | None = None) -> None:
         """Free the row of a sample: the last of those under way moves there."""
@@ -293,4 +325,6 @@ def generate(
             engine.step()
     finally:
         model.train(was_training)
+    if sample.error is not None:
+        raise sample.error
     return sample.ids

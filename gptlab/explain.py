@@ -5,6 +5,7 @@ import re
 import sys
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,6 +41,11 @@ def in_words(said: str, config_name: str) -> str:
             of_resumed_run(key, sys.argv[1:])
             or f"{key}: there is no such key{nearest(key, [*known_keys(config_name), *groups()])}"
         )
+    if "override_grammar" in said and (word := unreadable(sys.argv[1:])):
+        return (
+            f"{word}: cannot be read; close every bracket, and put a text with other signs than letters, digits and "
+            "/._-*?[] into quotes within the quotes: 'key=\"a text\"'"
+        )
     if match := re.search(r"Key '([^']+)' (?:is )?not in '\w+'(?:.|\n)*?full_key: (\S+)", said):
         return f"{match[2]}: there is no such key{nearest(match[2], known_keys(config_name))}"
     if match := re.search(r"field '(\S+)' is not Optional", said):
@@ -55,6 +61,18 @@ def in_words(said: str, config_name: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if line != "None" and not line.startswith(("reference_type", "object_type"))]
     return "\n".join(list(dict.fromkeys(lines))[:6])
+
+
+def unreadable(arguments: list[str]) -> str | None:
+    """The first override that Hydra's grammar does not take."""
+    parser = OverridesParser.create()
+    for word in arguments:
+        try:
+            if "=" in word and not word.startswith("-"):
+                parser.parse_override(word)
+        except HydraException:
+            return word
+    return None
 
 
 def nearest(word: str, known: Any) -> str:

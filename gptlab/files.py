@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +97,15 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def open_more() -> bool:
+    """Let this process have as many files open as the system allows it; False where it has that already."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
 
 
 def cache_dir() -> Path:

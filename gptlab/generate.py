@@ -102,3 +102,7 @@ def request_for(
         slides=arguments.past_context == "slide",
         allowed=safety.allowed(loaded.tokenizer, loaded.stop_ids),
     )
+
+
+if __name__ == "__main__":
+    flags.end(main, ARGUMENTS)

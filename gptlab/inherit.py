@@ -45,6 +45,19 @@ def inherit(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, 
     return cfg | {"model": network, "parent": record}, weights, tokenizer
 
 
+def before_training(cfg: dict[str, Any], overridden: dict[str, str]) -> tuple[dict[str, Any], Tokenizer | None]:
+    """The config and the tokenizer of what a run would train on: those of its parent, if it has one.
+
+    Raises ValueError for `resume`: what a run goes on with is that run's own.
+    """
+    if cfg["resume"] is not None:
+        raise ValueError(f"resume={cfg['resume']} goes on with what that run has: leave it out here")
+    if cfg["init_from"] is None:
+        return cfg, None
+    cfg, _, tokenizer = inherit(cfg, overridden)
+    return cfg, tokenizer
+
+
 def free_fields(theirs: GPTConfig) -> set[str]:
     """The fields of a network that may differ from its parent's: they change no weight."""
     return {"dropout", "checkpointing"} | ({"block_size"} if theirs.positions == "rope" else set())

@@ -1,16 +1,20 @@
 """`data.mix` in a composed config: a word of `data=` becomes what its file says, so that a run's config is whole."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
+import typeguard
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from gptlab import checks
 from gptlab.config import words_of
 from gptlab.data.mixed import OF_A_SOURCE
+from gptlab.data.module import DataConfig
 from gptlab.explain import nearest
 from gptlab.manual import files_of
 
+TYPES = {name: hint for name, hint in get_type_hints(DataConfig).items() if name != "source"}
 NO_SOURCES = ("mix", "stream", "litdata")  # words that say how text is read, not which
 
 
@@ -40,6 +44,14 @@ def written_out(name: str, part: Any) -> dict[str, Any]:
     for key in part:
         if key not in ("weight", *OF_A_SOURCE):
             raise ValueError(f"data.mix.{name}.{key}: there is no such key{nearest(key, ('weight', *OF_A_SOURCE))}")
+        if key in TYPES:
+            try:
+                typeguard.check_type(part[key], TYPES[key])
+            except typeguard.TypeCheckError:
+                takes = " | ".join(dict.fromkeys(checks.accepted_words(TYPES[key])))
+                raise ValueError(
+                    f"data.mix.{name}.{key}={checks.shown(part[key])} is not what it takes: {takes}"
+                ) from None
     if part.get("source") is None and part.get("files") is None:
         part = of_word(name) | part
     return {"weight": 1} | part

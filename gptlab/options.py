@@ -123,6 +123,45 @@ def chat() -> Options:
     return options
 
 
+def evaluate() -> Options:
+    options = Options(
+        "evaluate",
+        "Loss, perplexity, bits per byte and accuracy of a trained model, on its run's own validation split or other "
+        "text;\nand, where they are asked for, its answers, its samples, and tasks of lm-evaluation-harness.",
+        "Exit codes: 0; 2 where something is not to be had; 5 where the verification of the run's stage fails.",
+    )
+    options.add_run()
+    add = options.add_argument
+    add("--files", nargs="+", metavar="GLOB", help="other text, by path, glob or URL, instead of the run's own split")
+    add("--documents", metavar="WORD", help="what is a document in it: file, line, separator, field (as in training)")
+    add("--separator", metavar="LINE", help="what stands between two documents (as in training)")
+    add("--field", metavar="NAME", help="what the text is called in rows (as in training)")
+    add("--pairs", metavar="FILE", help='answer prompts: rows {"prompt", "completion"}, as JSON lines')
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this; may be given again")
+    add("--samples", type=positive, metavar="N", help="measure so many samples beside as many held-out texts")
+    add("--max-tokens", type=positive, metavar="N", help="of an answer (the longest completion's), a sample (128)")
+    options.add_sampling()
+    options.set_defaults(seed=0)
+    add("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
+    add("--include-path", metavar="FOLDER", help="of tasks of your own, for which no network is asked")
+    add("--limit", type=positive, metavar="N", help="examples of each task (all)")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each one (as the task says)")
+    add("--batch-size", type=positive, metavar="N", help="windows and answers at a time (as in training, or 16)")
+    add(
+        "--precision", default="auto", metavar="WORD", help="as trainer.precision; auto: that of training, if it can be"
+    )
+    add("--device", default="auto", metavar="auto|cpu|cuda|mps", help="auto: a GPU where there is one")
+    add("--threads", type=positive, metavar="N", help="of the processor; all, if not given")
+    add("--json", action="store_true", help="one JSON object instead of tables")
+    return options
+
+
+def positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1 on")
+    return int(word)
+
+
 EXPORTS = {  # the formats, what each is, and its types of weights
     "hf": ("a folder for transformers, vLLM and trl: Llama, Qwen3 or GPT-2, by the network", ("f32", "bf16", "f16")),
     "bundle": ("that folder with gptlab.json: hashes, training config and figures", ("f32", "bf16", "f16")),

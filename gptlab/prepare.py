@@ -17,15 +17,16 @@ from gptlab.data.mixture import Mixture
 from gptlab.data.module import TextDataModule
 from gptlab.data.tokens import Prepared
 from gptlab.data.windows import report
+from gptlab.inherit import before_training
 from gptlab.run import write_json, write_text
 
 
 def prepare(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Prepare the data that a run with this config would train on, and print what it is."""
-    cfg = config.absolute_paths(cfg)
+    cfg, tokenizer = before_training(config.absolute_paths(cfg), overridden)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
-    data = assembly.build_data(cfg)
+    data = assembly.build_data(cfg, tokenizer)
     prepared = data.prepared
     assert prepared is not None
     rows = report(prepared.meta["splits"], **data.windows)

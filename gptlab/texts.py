@@ -89,7 +89,12 @@ class Output:
         self._stream, self._guard, self._taken = TextStream(tokenizer, stop), Guarded(self._safety), 0
 
     def take(self, sample: Sample) -> str:
-        """What has come since, and can be shown. When `finish_reason` is then set, the sample is to be cancelled."""
+        """What has come since, and can be shown. When `finish_reason` is then set, the sample is to be cancelled.
+
+        Raises the sample's own error, if it has one.
+        """
+        if sample.error is not None:
+            raise sample.error
         new = ""
         if self.finish_reason is None:
             for token in sample.ids[self._taken :]:

@@ -19,7 +19,6 @@ from typing import Self
 
 import numpy as np
 import sentencepiece
-import torch
 
 from gptlab.chunks import training_sample
 from gptlab.names import load_class
@@ -114,6 +113,8 @@ class Tokenizer(ABC):
 
     def state(self) -> dict:
         """The whole tokenizer as plain types and uint8 tensors, for a checkpoint."""
+        import torch  # here, for it takes a second or two, and processes that only encode have no use for it
+
         data = self.data()
         tensors = {k: torch.tensor(list(v), dtype=torch.uint8) for k, v in data.items() if type(v) is bytes}
         return {
@@ -131,7 +132,7 @@ class Tokenizer(ABC):
         if state.get("format") != FORMAT:
             raise ValueError(f"tokenizer format {state.get('format')!r} is unknown; this gptlab reads format {FORMAT}")
         try:
-            data = {k: bytes(v.tolist()) if isinstance(v, torch.Tensor) else v for k, v in state["data"].items()}
+            data = {k: bytes(v.tolist()) if hasattr(v, "tolist") else v for k, v in state["data"].items()}
             tokenizer = load_class(state["class"], cls, trust)(**data, settings=state["settings"])
             recorded = state["fingerprint"]
         except (KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from gptlab import assembly, checks, config, doors
+from gptlab.inherit import before_training
 from gptlab.soundness import Soundness
 
 TABLE = {
@@ -26,7 +27,7 @@ TABLE = {
 
 def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) -> int:
     """Say what is wrong with the data that a run with this config would train on; 0 sound, 1 findings, 2 unreadable."""
-    cfg = config.absolute_paths(cfg)
+    cfg, tokenizer = before_training(config.absolute_paths(cfg), overridden)
     if faults := checks.model_faults(cfg):
         raise ValueError("; ".join(faults))
     if cfg["data"]["stream"] is not None:
@@ -35,7 +36,7 @@ def validate_data(cfg: dict[str, Any], overridden: dict[str, str], name: str) ->
             "data.files without data=stream or data=litdata"
         )
     with doors.json_alone(cfg["json"]):
-        judged = Soundness(assembly.data_module(cfg), cfg["trainer"]["accumulate_grad_batches"])
+        judged = Soundness(assembly.data_module(cfg, tokenizer), cfg["trainer"]["accumulate_grad_batches"])
     if cfg["json"]:
         doors.say(json.dumps(judged.report, ensure_ascii=False, allow_nan=False))
     elif judged.exit_code == doors.BAD_INPUT:

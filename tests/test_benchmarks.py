@@ -61,6 +61,7 @@ def test_train_throughput():
     assert tokens == pytest.approx(2 * 16 / ms * 1e3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_rounds_that_are_kept_are_added_to(tmp_path):
     options = ("--shape", "test", "--style", "gpt2", "--only", "eager", "--steps=2", "--rounds=1", "--kept", tmp_path)
     assert [tables(run("train_throughput", *options))[0]["eager float32 loop"][-1] for _ in range(2)] == ["1", "2"]
@@ -95,6 +96,7 @@ def test_time_to_loss(tmp_path, monkeypatch):
     assert number(fast[2]) < number(fast[4])  # the process took longer than its steps
 
 
+@pytest.mark.slow
 def test_memory():
     table, checkpointed = tables(run("memory", "--blocks", "32", "64", "--no-compile", "--device=cpu"))
     for rows in (table, checkpointed):
@@ -103,6 +105,7 @@ def test_memory():
         assert number(growth) == pytest.approx(number(train) / number(rows["32"][1]), abs=0.01)
 
 
+@pytest.mark.slow
 def test_startup():
     (table,) = tables(run("startup", "--rounds=1", "--no-runs"))
     assert number(table["`import gptlab.train`"][0]) > number(table["`import torch`"][0]) > 0.1

@@ -13,6 +13,7 @@ from gptlab.data.cleaning import Cleaned, Cleaning, near
 from gptlab.data.code import ENDINGS, Code
 from gptlab.data.corpus import Files
 from gptlab.data.formats import Reading
+from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.tokens import prepare
 from gptlab.tokenizer import ByteTokenizer
 
@@ -165,3 +166,34 @@ def test_own_code_is_prepared_from_the_command_line():
     done = door("prepare", "data=code", "tokenizer=byte", "data.source.folders=gptlab", cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert "a hash of the document" in " ".join(done.stdout.replace("\n", " ").split()) or "tail" in done.stdout
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_copies_of_held_out_text_leave_training(tmp_path, deduplicate):
+    """And the cache knows: other held-out text, other training text."""
+    own, other = [" ".join(words(30, seed)) for seed in range(120)], [" ".join(words(30, seed)) for seed in (900, 901)]
+    (tmp_path / "own.txt").write_text("\n".join(own))
+    (tmp_path / "held.txt").write_text("\n".join([*own[40:43], other[0]]))
+    files = {"files": str(tmp_path / "own.txt"), "validation_files": str(tmp_path / "held.txt"), "documents": "line"}
+    found = {}
+    for how in (None, deduplicate):
+        data = TextDataModule(DataConfig(**files, deduplicate=how), None, ByteTokenizer(), 16, 1, tmp_path / "cache")
+        data.prepare_data()
+        found[how] = data.prepared.meta["splits"]["train"]["documents"]
+        assert data.prepared.meta["splits"]["validation"]["documents"] == 4
+    assert found == {None: 120, deduplicate: 117}
+    (tmp_path / "held.txt").write_text("\n".join(other))
+    data = TextDataModule(
+        DataConfig(**files, deduplicate=deduplicate), None, ByteTokenizer(), 16, 1, tmp_path / "cache"
+    )
+    data.prepare_data()
+    assert data.prepared.meta["splits"]["train"]["documents"] == 120
+
+
+def test_a_side_of_which_nothing_is_left_is_said(tmp_path):
+    for name in ("own", "held"):
+        (tmp_path / f"{name}.txt").write_text(f"a few words of {name}\n")
+    files = {"files": str(tmp_path / "own.txt"), "validation_files": str(tmp_path / "held.txt")}
+    data = TextDataModule(DataConfig(**files, min_characters=1000), None, ByteTokenizer(), 4, 1, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"no text is left for train: .*lower data.min_characters"):
+        data.prepare_data()

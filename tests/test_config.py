@@ -78,6 +78,9 @@ def test_max_epochs_lifts_the_default_number_of_steps():
         ("optimizer._target_=os.system", ("optimizer._target_", "os.system", "trust=os")),
         ("model.n_layer=", ("n_layer",)),
         ("nonsense", ("nonsense",)),
+        ("data.files=día.txt", ("data.files=día.txt", "quotes")),
+        ("data.files=[a,b", ("data.files=[a,b", "bracket")),
+        ("hydra.run.dir=elsewhere", ("hydra.run.dir=elsewhere", "run_dir=elsewhere")),
     ],
 )
 def test_wrong_words_and_values_are_named_before_anything_loads(override, says, tmp_path, capsys, monkeypatch):
@@ -151,12 +154,14 @@ FLOORS = {
     1: "engine sampling texts safety checkpoint bundle exported loading run jobs data.batches data.changes "
     "data.checking data.cleaning data.code data.corpus data.datatrove data.document data.encoding data.formats "
     "data.grammar data.ids data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories "
-    "data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers",
+    "data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers scoring excess "
+    "evaluate.copies evaluate.quality evaluate.writing",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record "
-    "callbacks.watching",
+    "callbacks.watching evaluate.pairs",
     3: "manual start options flags config explain mixing assembly checks doors outcome inherit given dial resume sweep "
-    "launchers soundness study staged train prepare validate_data generate chat "
+    "launchers soundness study staged train prepare validate_data generate chat evaluate.subject "
+    "evaluate.held_out evaluate.parts evaluate.harness evaluate.table evaluate.__main__ "
     "export.__main__ export.facts export.folder export.ggml_vocabulary export.gguf export.template "
     "export.vocabulary __main__",
 }
@@ -187,6 +192,7 @@ MAY_IMPORT = {
         "yaml",
         "typeguard",
         "filelock",
+        "lm_eval",
         "transformers",
     },
 }

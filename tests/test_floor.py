@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_callbacks import result, rows
 
-from gptlab.callbacks.floor import Floor, compared, first_documents
+from gptlab.callbacks.floor import Floor
 from gptlab.data.grammar import Optimum
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.data.stories import Stories
+from gptlab.excess import compared, first_documents
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 

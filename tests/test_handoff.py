@@ -24,7 +24,7 @@ from gptlab.data.datatrove import TextFiles, TokenShards
 from gptlab.data.formats import Reading
 from gptlab.data.shards import open_shards, read_sidecar
 from gptlab.files import sha256_of_file
-from gptlab.tokenizer import CharTokenizer
+from gptlab.tokenizer import ByteTokenizer, CharTokenizer
 
 TASKS = 3
 # A pipeline whose last task never comes to its end, and says so.
@@ -343,3 +343,29 @@ def test_the_script_names_what_it_cannot_use():
     assert done.stderr.splitlines()[-1].endswith(
         f"error: data.files='*.none' matches no file here in {REPOSITORY}; check the folder and the ending"
     )
+
+
+def test_shards_of_another_tokenizer_are_made_anew(corpus, tmp_path):
+    execute(corpus, tmp_path / "shards")
+    logs = tmp_path / "shards/logs"
+    assert TokenShards(tmp_path / "shards", corpus / "tokenizer").forget_lost(logs, TASKS) == []
+    ByteTokenizer().save(tmp_path / "other")
+    assert TokenShards(tmp_path / "shards", tmp_path / "other").forget_lost(logs, TASKS) == list(range(TASKS))
+
+
+def test_text_that_has_changed_or_is_read_otherwise_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "body": "two"}\n')
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    shards = TokenShards(tmp_path / "shards", tmp_path / "tokenizer")
+    (tmp_path / "shards").mkdir()
+    for _ in range(2):
+        assert shards.forget_lost(tmp_path / "logs", 1, TextFiles(str(path))) == [0]
+    with pytest.raises(ValueError, match="read otherwise"):
+        shards.forget_lost(tmp_path / "logs", 1, TextFiles(str(path), Reading(field="body")))
+    path.write_text('{"text": "one", "body": "two"}\n{"text": "more"}\n')
+    with pytest.raises(ValueError, match=r"before it changed.*inputs\.json"):
+        shards.forget_lost(tmp_path / "logs", 1, TextFiles(str(path)))
+    (tmp_path / "shards/inputs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"inputs\.json: damaged"):
+        shards.forget_lost(tmp_path / "logs", 1, TextFiles(str(path)))

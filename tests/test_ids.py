@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, compose, door, prose
+from conftest import REPOSITORY, SMALL, compose, door, prose
 from test_shards import write_shard
 from trials import differences
 
@@ -477,3 +479,23 @@ def test_the_same_ids_in_another_kind_of_file_are_copies(tmp_path):
             validation_fraction=0.1,
             cache=tmp_path / "cache",
         )
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+from gptlab.data.tokens import TokenFile
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))
+files = [TokenFile(path, "<u2", 8) for path in Path(sys.argv[1]).glob("*.bin")]
+print(sum(int(file[:][0]) for file in files))
+"""
+
+
+@pytest.mark.parametrize(("most", "said"), [(400, "700"), (60, "ulimit -n")])
+def test_more_files_than_may_be_open(tmp_path, most, said):
+    """The limit is raised as far as the system allows; what is beyond is said with the remedy."""
+    for number in range(100):
+        np.full(8, 7, "<u2").tofile(tmp_path / f"{number}.bin")
+    command = [sys.executable, "-c", MANY, tmp_path, str(most)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr

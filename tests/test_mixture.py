@@ -257,6 +257,12 @@ def test_a_weight_can_be_swept(texts):
     [
         ("data.mix={pydoc: 1}", "data.mix.pydoc: there is no such source, did you mean 'pydocs'?"),
         ("data.mix={mix: 1}", "data.mix.mix: there is no such source"),
+        (
+            "data.mix={a: {files: x, min_characters: many}}",
+            "data.mix.a.min_characters='many' is not what it takes",
+        ),
+        ("data.mix={a: {files: x, normalize: 3}}", "data.mix.a.normalize=3 is not what it takes: a text | null"),
+        ("data.mix={a: {files: x, validation_fraction: null}}", "data.mix.a.validation_fraction=null is not what it"),
         ("data.mix={a: {file: x}}", "data.mix.a.file: there is no such key, did you mean 'files'?"),
         ("data.mix=[pydocs]", "is no mixture; name sources and their weights"),
         ("data.mix={pydocs: 0}", "data.mix.pydocs.weight=0 must be a number more than 0"),
@@ -336,4 +342,9 @@ def test_a_run_on_text_that_has_moved_goes_on(texts, tmp_path):
     config.write_text(config.read_text().replace(f"{tmp_path}/lower", f"{tmp_path}/elsewhere/lower"))
     config.write_text(config.read_text().replace(f"{tmp_path}/upper", f"{tmp_path}/elsewhere/upper"))
     done = door("train", "resume=run", "trainer.max_steps=3")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_mixture_of_generated_text_alone_can_be_trained_on():
+    done = door("train", *SMALL, "data=mix", "data.mix={stories: 1}", "model.block_size=64", "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr

@@ -59,11 +59,13 @@ def test_tour(command, folder):
         assert output.splitlines()[-1].startswith("run: ")
 
 
-def test_stop_and_go_on(folder):
-    first, second = (row for row in TOUR if "runs/first" in row)
+def test_stop_and_go_on_and_use_what_was_trained(folder):
+    first, second, *others = (row for row in TOUR if "runs/first" in row)
     small = ("compile=false", "data.batch_size=4", *SMALLER)
     run(first, folder, *small)
     assert "at step 40" in run(second, folder)
+    for command in others:
+        run(command, folder)
 
 
 def test_export_and_start_from_it(folder):

@@ -127,6 +127,7 @@ def history(run: Path) -> dict:
     return {key: result[key] for key in ("status", "steps", "val_loss", "best_val_loss", "best_step")} | {"rows": rows}
 
 
+@pytest.mark.slow
 def test_killed_sweep_goes_on_where_it_was_and_equals_one_that_was_not(text_file, tmp_path):
     steps = ("trainer.max_steps=200", "log.every_steps=50", "validation.every_steps=50", "checkpoint.every_steps=20")
     options = ("-m", *SMALL, *steps, f"data.files={text_file}", "seed=1,2,3")

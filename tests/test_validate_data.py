@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -429,3 +430,31 @@ def test_copies_of_generated_text_in_a_mixture_are_chance(judge):
     code, report = judge(f"data.mix={mix}", "tokenizer=byte")
     assert (code, kinds(report)) == (0, [])
     assert report["overlap_32gram"] > soundness.OVERLAP_OF_SHORT
+
+
+def test_it_judges_the_tokenizer_of_the_parent(judge, train, tmp_path, sound, monkeypatch, capsys):
+    """As `prepare` does: what a run with these keys would train on."""
+    import gptlab.prepare
+
+    assert train(tmp_path / "parent", "trainer.max_steps=1", "data.validation_fraction=0.3") == 0
+    own = ("tokenizer.vocab_size=400", f"data.files={sound}/*.txt")
+    report = judge(f"data.files={sound}/*.txt", f"init_from={tmp_path}/parent")[1]
+    assert judge(*own)[1]["tokens"] != report["tokens"]
+    assert report["tokens"] == report["bytes"] + 2 * report["documents"]  # bytes, and ends on both sides
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"data.files={sound}/*.txt", f"init_from={tmp_path}/parent"])
+    with pytest.raises(SystemExit) as exit_:
+        gptlab.prepare.main()
+    assert exit_.value.code == 0
+    assert "269 tokens known" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"data.files={sound}/*.txt", f"resume={tmp_path}/parent"])
+    with pytest.raises(SystemExit) as exit_:
+        gptlab.prepare.main()
+    assert exit_.value.code == 2
+    assert "goes on with what that run has: leave it out here" in capsys.readouterr().err
+
+
+def test_text_that_a_tokenizer_learns_from_is_brought_to_the_same_normal_form(judge, tmp_path):
+    files = (f"data.files={tmp_path}/nfd.txt", f"tokenizer.files={tmp_path}/nfd.txt", "data.normalize=NFC")
+    (tmp_path / "nfd.txt").write_text(unicodedata.normalize("NFD", "año café niño\n") * 300)
+    _, report = judge(*files, "tokenizer=char")
+    assert (report["unknown_tokens"], report["coverage"], report["round_trip"]) == (0, 1, 1)

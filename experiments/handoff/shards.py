@@ -30,7 +30,7 @@ def main() -> None:
         shards = TokenShards(arguments.output, arguments.tokenizer)
         tasks = arguments.tasks or len(reader.paths)
         logs = Path(arguments.output, "logs").absolute()
-        shards.forget_lost(logs, tasks)
+        shards.forget_lost(logs, tasks, reader)
         LocalPipelineExecutor([reader, shards], tasks, arguments.workers, logging_dir=str(logs)).run()
     except ValueError as error:
         parser.error(str(error))

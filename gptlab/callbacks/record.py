@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from gptlab.cost import count_parameters, flops_per_token, peak_tflops
 from gptlab.files import write_atomically
 from gptlab.machine import hardware, peak_rss_mb
 from gptlab.run import RunFolder
+from gptlab.scoring import finite
 
 COLUMNS = (
     *("step", "epoch", "seconds", "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"),
@@ -255,8 +255,3 @@ def by_source(validation: dict[str, float]) -> dict[str, dict[str, float | None]
 
 def interval(low: float | None, high: float | None) -> list[float] | None:
     return None if finite(low) is None or finite(high) is None else [low, high]
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no NaN: what is not a number is null."""
-    return value if value is not None and math.isfinite(value) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptlab.data.corpus import Source
 from gptlab.data.document import Document
+from gptlab.files import sha256_of_file
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,12 @@ class Cleaning:
 class Cleaned(Source):
     """What `cleaning` makes of another source, whose documents are held whole, one at a time.
 
-    What is known of the documents before grows with their number: 100 bytes each for "exact", 3 KB for "near".
+    Copies of what is `held_out` for validation are left out as well. What is known of the documents before grows with
+    their number: 100 bytes each for "exact", 3 KB for "near".
     """
 
-    def __init__(self, source: Source, cleaning: Cleaning):
-        self.source, self.cleaning = source, cleaning
+    def __init__(self, source: Source, cleaning: Cleaning, held_out: Source | None = None):
+        self.source, self.cleaning, self.held_out = source, cleaning, held_out
 
     @property
     def bytes_read(self) -> int:
@@ -71,10 +73,10 @@ class Cleaned(Source):
         finders = {None: never, "exact": exact, "near": lambda: near(self.cleaning.similarity)}
         is_copy = finders[self.cleaning.deduplicate]()
         seen = short = copies = 0
-        for document in whole(documents):
+        for document in whole(self.held_out.documents()) if self.held_out else ():
+            is_copy(self._normal(document).text)
+        for document in map(self._normal, whole(documents)):
             seen += 1
-            if self.cleaning.normalize:
-                document = replace(document, text=unicodedata.normalize(self.cleaning.normalize, document.text))
             if len(document.text.strip()) < self.cleaning.min_characters:
                 short += 1
             elif is_copy(document.text):
@@ -83,13 +85,20 @@ class Cleaned(Source):
                 yield document
         log.debug("of %d documents %d were too short and %d copies", seen, short, copies)
 
+    def _normal(self, document: Document) -> Document:
+        form = self.cleaning.normalize
+        return replace(document, text=unicodedata.normalize(form, document.text)) if form else document
+
     @property
     def kinds(self) -> list[type]:
         return [Cleaned, *self.source.kinds]
 
     @property
     def settings(self) -> dict:
-        return {"cleaning": asdict(self.cleaning), "source": self.source.settings}
+        settings = {"cleaning": asdict(self.cleaning), "source": self.source.settings}
+        if self.held_out is not None:
+            settings["held_out"] = [self.held_out.settings, [sha256_of_file(path) for path in self.held_out.paths()]]
+        return settings
 
 
 def whole(documents: Iterator[Document]) -> Iterator[Document]:

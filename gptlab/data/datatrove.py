@@ -5,9 +5,11 @@ what it reads. docs/tokens.md has an example.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from gptlab.data.corpus import Files
 from gptlab.data.formats import Reading, read_documents
 from gptlab.data.shards import Sidecar, read_sidecar, sidecar_path, write_sidecar
 from gptlab.files import write_atomically
+from gptlab.run import write_json
 from gptlab.tokenizer import EOS_ID, UNK_ID, Tokenizer, load_tokenizer
 
 try:
@@ -40,6 +43,12 @@ class TextFiles(PipelineStep):
         super().__init__()
         self.paths = [str(path.absolute()) for path in Files(files).paths()]  # a task may start in another folder
         self.reading = reading or Reading()
+
+    def identity(self) -> dict[str, Any]:
+        """What is read, and how, as plain types: files that have changed differ in size or time."""
+        found = [(path, Path(path).stat()) for path in self.paths]
+        files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in found]
+        return {"files": files, "reading": asdict(self.reading)}
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         yield from data or ()
@@ -117,20 +126,39 @@ class TokenShards(PipelineStep):
                 "so text would be there twice: remove those shards, or take another folder"
             )
 
-    def forget_lost(self, logging_dir: str | Path, tasks: int) -> list[int]:
-        """Let an executor with this `logging_dir` make again what it has made and is gone or cut short.
+    def forget_lost(self, logging_dir: str | Path, tasks: int, text: TextFiles | None = None) -> list[int]:
+        """Let an executor with this `logging_dir` make again what it has made and is gone, cut short, or of another
+        tokenizer.
 
         datatrove runs no task again that it knows to be completed. Returns the tasks without a shard, done or not.
+        Raises ValueError where the folder's shards are of other text than `text`, or of that text before it changed.
         """
-        lost = [rank for rank in range(tasks) if not _is_whole(self.shard(rank, tasks))]
+        if text is not None:
+            self._require_same(text.identity())
+        lost = [rank for rank in range(tasks) if not self._is_whole(self.shard(rank, tasks))]
         for rank in lost:
             Path(logging_dir, "completions", f"{rank:05d}").unlink(missing_ok=True)
         return lost
 
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            sidecar = read_sidecar(path)
+            is_whole = path.stat().st_size == sidecar.tokens * np.dtype(sidecar.dtype).itemsize
+            return is_whole and sidecar.tokenizer_fingerprint == self.fingerprint
+        except (ValueError, OSError):
+            return False
 
-def _is_whole(path: Path) -> bool:
-    try:
-        sidecar = read_sidecar(path)
-        return path.stat().st_size == sidecar.tokens * np.dtype(sidecar.dtype).itemsize
-    except (ValueError, OSError):
-        return False
+    def _require_same(self, identity: dict[str, Any]) -> None:
+        path = Path(self.folder, "inputs.json")
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            write_json(path, identity)
+            return
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}); remove the folder's shards and it") from error
+        if before != identity:
+            raise ValueError(
+                f"{self.folder} holds shards of other text than this, of it before it changed, or read otherwise "
+                f"({path.name} tells): remove them, or take another folder"
+            )

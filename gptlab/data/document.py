@@ -54,7 +54,8 @@ def decode_text(content: bytes, path: Path, first_byte: int = 0, first_line: int
         ) from error
     if first_byte == 0:
         text = text.removeprefix("\ufeff")  # the byte-order mark
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    # to look for two characters takes a twentieth of the time that encoding does, for one next to none
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def without_gutenberg(text: str) -> str:

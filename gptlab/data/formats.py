@@ -173,7 +173,7 @@ def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
     elif kind in (".csv", ".tsv"):
         rows = _csv_rows(path, "\t" if kind == ".tsv" else ",", count)
     else:
-        rows = _json_lines(path, count)
+        rows = json_lines(path, count)
     for where, row in rows:
         text = row if isinstance(row, str) else row.get(reading.field) if isinstance(row, Mapping) else None
         if not isinstance(text, str):
@@ -186,7 +186,8 @@ def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
             yield Document(f"{path.name}:{where.split()[-1]}", text)
 
 
-def _json_lines(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, count: Count = lambda size: None) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file of JSON lines stands, and what it is. Raises ValueError, naming the line, for others."""
     first_byte = 0
     with opened(path, count) as file:
         for number, line in enumerate(file, start=1):

@@ -44,6 +44,11 @@ class MixedDataModule(TextDataModule):
         return {name: text_source(config, self.given.get(name)) for name, config in self.configs.items()}
 
     @property
+    def source(self) -> None:
+        """No text is the one that all windows are of, even if only one is named."""
+        return
+
+    @property
     def source_names(self) -> list[str]:
         return list(self.sources)
 

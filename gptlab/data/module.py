@@ -261,12 +261,15 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 
 
 def text_source(config: DataConfig, source: Source | None) -> Source:
-    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source."""
+    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source.
+
+    Where copies are left out, so are those of the held-out text of its own.
+    """
     if config.files is not None:
         source = Files(config.files, reading_of(config))
     if source is None:
         raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-    return cleaned(source, config)
+    return cleaned(source, config, validation_source(config) if config.deduplicate else None)
 
 
 def validation_source(config: DataConfig) -> Source | None:
@@ -280,10 +283,10 @@ def reading_of(config: DataConfig) -> Reading:
     return Reading(config.documents, config.separator, config.field, config.strip_gutenberg)
 
 
-def cleaned(source: Source, config: DataConfig) -> Source:
+def cleaned(source: Source, config: DataConfig, held_out: Source | None = None) -> Source:
     """The source, in a wrapper that cleans its documents where something is to be cleaned."""
     cleaning = cleaning_of(config)
-    return Cleaned(source, cleaning) if cleaning.changes_text else source
+    return Cleaned(source, cleaning, held_out) if cleaning.changes_text else source
 
 
 def cleaning_of(config: DataConfig) -> Cleaning:

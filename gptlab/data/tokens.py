@@ -29,7 +29,7 @@ from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_ru
 from gptlab.data.document import Document
 from gptlab.data.encoding import SIDES
 from gptlab.data.workers import processes
-from gptlab.files import sha256_of_file
+from gptlab.files import open_more, sha256_of_file
 from gptlab.run import write_json
 from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
@@ -82,8 +82,7 @@ class TokenFile:
 
     @cached_property
     def array(self) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        pages = _mapped(self.path)
         # Windows lie anywhere: what the system would read ahead, 128 KiB a window, is up to 100 times the wait for a
         # batch where the file is larger than what memory holds of it (benchmarks/scaling.py).
         pages.madvise(mmap.MADV_RANDOM)
@@ -92,6 +91,21 @@ class TokenFile:
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "array"}  # workers map the file anew
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file as memory, which takes an open file for as long as it is used: of thousands, more than is usual."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        if not open_more():
+            raise OSError(
+                errno.EMFILE, "too many files are open: raise the limit (ulimit -n), or join the files", str(path)
+            ) from error
+    return _mapped(path)
 
 
 class Joined:
@@ -237,8 +251,16 @@ class SplitText:
     def pieces(self) -> Iterator[tuple[str, Document]]:
         """Every piece as ("train" or "validation", document). Raises ValueError, at the end, if a side got none."""
         if self.validation_source:
-            yield from (("train", document) for document in self.source.documents())
-            yield from (("validation", document) for document in self.validation_source.documents())
+            for side, source in (("train", self.source), ("validation", self.validation_source)):
+                is_empty = True
+                for document in source.documents():
+                    is_empty = False
+                    yield side, document
+                if is_empty and source.paths():  # of what is read while training, nothing is prepared
+                    raise ValueError(
+                        f"no text is left for {side}: no document of it is long enough, or none is new; lower "
+                        "data.min_characters, or give more text"
+                    )
             return
         got = set()
         for side, document in split_documents(self.source.documents(), self.fraction, self.rule):
@@ -361,7 +383,7 @@ def _build(
 
 def _require_space(folder: Path, text: SplitText, tokenizer: Tokenizer, itemsize: int) -> None:
     text_bytes = sum(file["size"] for files in text.files.values() for file in files)
-    sample = next(text.pieces())[1].text[:10_000]
+    sample = next((document.text for _, document in text.pieces() if document.text.strip()), "")[:10_000]
     needed = int(text_bytes * itemsize * len(tokenizer.encode(sample)) / len(sample.encode("utf-8", "surrogatepass")))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"the tokens need about {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free")

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +76,9 @@ class Workers:
     def _ask(self, batch: Batch) -> dict[str, Encoded]:
         worker = self.free.popleft()
         try:
-            _send(worker.stdin, batch)
+            texts = [text.encode("utf-8", "surrogatepass") for _, text, _ in batch]
+            head = [(side, len(text), ends) for (side, _, ends), text in zip(batch, texts, strict=True)]
+            _send(worker.stdin, head, b"".join(texts))
             answer, content = _receive(worker.stdout)
         except (BrokenPipeError, EOFError) as error:
             raise RuntimeError(
@@ -125,7 +128,10 @@ def work(tokenizer_folder: str, dtype: str, *trust: str) -> None:
     tokenizer = load_tokenizer(tokenizer_folder, trust)
     with suppress(EOFError, BrokenPipeError), _stdout_kept() as messages:  # the one who asked has ended
         while True:
-            batch, _ = _receive(sys.stdin.buffer)
+            head, content = _receive(sys.stdin.buffer)
+            ends_at = list(accumulate((size for _, size, _ in head), initial=0))
+            texts = (content[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(ends_at))
+            batch = [(side, text, ends) for (side, _, ends), text in zip(head, texts, strict=True)]
             try:
                 sides = encode_batch(tokenizer, dtype, batch)
             except ValueError as error:

@@ -21,6 +21,7 @@ from gptlab.losses import document_layout, scored, summed_nll
 from gptlab.machine import hardware
 from gptlab.model import GPT
 from gptlab.optim import keep_kernels, parameter_groups
+from gptlab.scoring import token_bytes
 from gptlab.sharding import local, norm_square, split
 from gptlab.tasks.metrics import TokenMetrics
 from gptlab.tokenizer import EOS_ID, Tokenizer
@@ -63,8 +64,7 @@ class LMTask(LightningModule):
         self.make_optimizer, self.schedule, self.total_steps = optimizer, schedule, total_steps
         self.separate_documents, self.skip_nonfinite = separate_documents, skip_nonfinite
         self.set_compile(compile)
-        token_bytes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
-        self.validation = TokenMetrics(token_bytes)
+        self.validation = TokenMetrics(token_bytes(tokenizer))
         self.source_names: list[str] = []  # of a mixture, whose sources are each scored for itself too
         self.validation_by_source = torch.nn.ModuleList()
         # Sums of nll and tokens over one optimizer step, and since the last time that somebody asked; no buffers, which

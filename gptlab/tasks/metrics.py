@@ -1,11 +1,14 @@
 """Figures over a whole validation split, the same for any batch size and number of ranks."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from gptlab.scoring import figures, token_sums
+
+SUMS = ("nll", "tokens", "correct", "text_bytes")
 
 
 class TokenMetrics(Metric):
@@ -19,7 +22,7 @@ class TokenMetrics(Metric):
     def __init__(self, token_bytes: Tensor):
         super().__init__()
         self.token_bytes = token_bytes
-        for name in ("nll", "tokens", "correct", "text_bytes"):
+        for name in SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "TokenMetrics":
@@ -38,19 +41,9 @@ class TokenMetrics(Metric):
         # To where the sums are: the device itself, or the CPU for MPS, which has no float64.
         nll, predictions, targets, loss_mask = (x.to(self.nll.device) for x in (nll, predictions, targets, loss_mask))
         self.token_bytes = self.token_bytes.to(targets.device)
-        keep = loss_mask.double()
-        self.nll += (nll.double() * keep).sum()
-        self.tokens += keep.sum()
-        self.correct += ((predictions == targets) * keep).sum()
-        self.text_bytes += (self.token_bytes[targets] * keep).sum()
+        sums = token_sums(nll, predictions, targets, loss_mask, self.token_bytes)
+        for name, value in zip(SUMS, sums, strict=True):
+            setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, float]:
-        nll, tokens = float(self.nll), float(self.tokens)
-        loss = nll / tokens if tokens else math.nan
-        text_bytes = float(self.text_bytes)
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # beyond that float64 overflows
-            "bits_per_byte": nll / math.log(2) / text_bytes if text_bytes else math.nan,
-            "accuracy": float(self.correct) / tokens if tokens else math.nan,
-        }
+        return figures([float(getattr(self, name)) for name in SUMS])
