@@ -116,6 +116,22 @@ def test_a_checkpoint_alone_knows_its_text_and_a_moved_run_does_too(run, tmp_pat
     assert evaluated(tmp_path / "moved", "--checkpoint", "last")["loss"] == then["val_loss"]
 
 
+@pytest.mark.parametrize("form", ["bundle", "hf"])
+def test_an_exported_folder_has_the_figures_of_the_run(run, tmp_path, form):
+    """A bundle knows the run's text; another folder must be told of some."""
+    pytest.importorskip("transformers")
+    done = door("export", str(run), str(tmp_path / "out"), "--format", form)
+    assert done.returncode == 0, done.stderr
+    if form == "bundle":
+        found = evaluated(tmp_path / "out")
+        assert found["step"] == result(run)["best_step"]
+        assert found["loss"] == pytest.approx(result(run)["best_val_loss"], rel=1e-6)
+    else:
+        assert "does not say what text it was trained on" in refused(tmp_path / "out")
+    files = ("--files", str(tmp_path / "other.txt"))
+    assert evaluated(tmp_path / "out", *files)["loss"] == pytest.approx(evaluated(run, *files)["loss"], rel=1e-6)
+
+
 # Other text
 
 

@@ -12,7 +12,7 @@ from gptlab.data.windows import mix
 
 LEAST = 8  # bytes; shorter spans are copies of nothing
 SPAN = 50  # bytes of the spans whose share is told
-AT_ONCE = 2**20  # bytes of the longer text that are looked at together
+AT_ONCE = 2**16  # bytes of the longer text that are looked at together: what fits the processor's cache
 PAIRS = 2**18  # places of both texts that are compared together
 FACTOR = 0xD6E8FEB86659FD93  # odd, so that no bit of a byte is lost
 
@@ -57,8 +57,9 @@ class Copies:
         for length in (*self.lengths, SPAN):
             known[length] = Known(self.hashes.at(length, np.flatnonzero(self.left >= length)))
         for part, _ in parts(blocks, max(known)):
-            theirs, alive = Hashes(part), np.arange(len(part))
-            for length in self.lengths:  # where no shorter span begins that is known, no longer one does
+            theirs = Hashes(part)
+            alive = np.flatnonzero(known[LEAST].mark(theirs.all(LEAST)))
+            for length in self.lengths[1:]:  # where no shorter span begins that is known, no longer one does
                 alive = alive[alive <= len(part) - length]
                 alive = alive[known[length].mark(theirs.at(length, alive))]
                 if length <= SPAN < 2 * length:
@@ -77,7 +78,7 @@ class Copies:
             theirs = Hashes(part)
             for length, places in known.items():
                 # The next part begins with what would be cut off here.
-                hashes = theirs.at(length, np.arange(max(0, len(part) - (length if is_last else overlap) + 1)))
+                hashes = theirs.all(length)[: max(0, len(part) - (length if is_last else overlap) + 1)]
                 for hits, ours in places.pairs(hashes):
                     self._compare(part, hits, ours)
 
@@ -153,6 +154,10 @@ class Hashes:
 
     def __init__(self, content: np.ndarray):
         self._of_powers = [(mix(content.astype(np.uint64) + np.uint64(FACTOR)), FACTOR)]  # spans of 1, 2, 4 ... bytes
+
+    def all(self, length: int) -> np.ndarray:
+        """Those of all spans of `length` bytes, a power of two."""
+        return self._of_power(length.bit_length() - 1)[0]
 
     def at(self, length: int, places: np.ndarray) -> np.ndarray:
         """The hashes of the spans of `length` bytes that begin at `places`."""

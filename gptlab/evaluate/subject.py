@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from gptlab import assembly, checkpoint, checks, cost, loading, resume
+from gptlab import assembly, bundle, checkpoint, checks, cost, loading, resume
 from gptlab.data.module import TextDataModule
 from gptlab.loading import Loaded
 from gptlab.run import RunFolder
@@ -20,12 +21,12 @@ log = logging.getLogger("gptlab")
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the run of a checkpoint; of an exported folder, nothing is."""
+    """What is known of the run that weights are of; of a folder that is no bundle, nothing is."""
 
     config: dict[str, Any] | None = None
     step: int | None = None
     precision: str | None = None
-    state: dict[str, Any] = field(default_factory=dict)  # of its data, by the names of its classes
+    fingerprint: str | None = None  # of its data
     validation: dict[str, float] = field(default_factory=dict)  # the figures of its validation at this step, if any
 
     @property
@@ -34,19 +35,34 @@ class Origin:
 
 
 def origin_of(path: Path) -> Origin:
-    """Of a file, or of a folder."""
-    if not path.is_file():
-        return Origin()
+    """Of a checkpoint, or of an exported folder."""
+    if path.is_dir():
+        return of_bundle(path / bundle.NAME)
     state = checkpoint.load(path, mapped=True)
     record = state.get("callbacks", {}).get("RunRecord", {})
     history = record.get("history") or [{}]
     is_validated = history[-1].get("step") == state.get("global_step")
+    data = next((part for name, part in state.items() if name.endswith("DataModule")), {})
     return Origin(
         config=config_of(path, record.get("config")),
         step=state.get("global_step"),
         precision=(state[checkpoint.OWN_KEY].get("hardware") or {}).get("precision"),
-        state={name: part for name, part in state.items() if name.endswith("DataModule")},
+        fingerprint=data.get("fingerprint"),
         validation=record.get("validation", {}) if is_validated else {},
+    )
+
+
+def of_bundle(path: Path) -> Origin:
+    """What gptlab.json tells, where there is one."""
+    training = bundle.read_json(path).get("training") if path.is_file() else None
+    if not isinstance(training, dict):
+        return Origin()
+    config, hardware = training.get("config"), training.get("hardware")
+    return Origin(
+        config=None if config is None else resume.parsed_config(yaml.safe_dump(config).encode(), path),
+        step=training.get("step"),
+        precision=hardware.get("precision") if isinstance(hardware, dict) else None,
+        fingerprint=training.get("data_fingerprint"),
     )
 
 
@@ -117,8 +133,7 @@ class Subject:
                 f"the text that {self.loaded.path} was validated on is not to be had: {error}\n"
                 "put it back, or name other text with --files"
             ) from error
-        then = self.origin.state.get(type(data).__qualname__, {}).get("fingerprint")
-        if then != data.fingerprint:
+        if (then := self.origin.fingerprint) != data.fingerprint:
             files = "" if then is None else data.files_that_differ(then)
             raise ValueError(
                 f"{self.loaded.path} was validated on data with fingerprint {then}, and what is there now has "

@@ -32,6 +32,8 @@ def written(
             outputs[sample].take(sample)
             if outputs[sample].finish_reason:
                 engine.cancel(sample)
+            if sample.error is not None:
+                raise sample.error
     return [finished(output) for output in outputs.values()]
 
 
