@@ -18,6 +18,8 @@ from gptlab import checkpoint
 from gptlab.model import GPT, GPTConfig
 from gptlab.tokenizer import ByteTokenizer
 
+HERE = Path(__file__).parent
+
 
 def make_run(folder: Path, **config: int) -> Path:
     """A run folder with a network of random weights, on bytes."""
@@ -53,7 +55,8 @@ class Server:
 def server(run: Path, *arguments: str) -> Iterator[Server]:
     """`python -m gptlab.serve`, from when it listens."""
     command = [sys.executable, "-m", "gptlab.serve", str(run), "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
     try:
         line = process.stdout.readline()
         if " at http://" not in line:

@@ -52,11 +52,7 @@ def tokenizer_source(cfg: dict[str, Any]) -> Source | None:
     if (files := cfg["tokenizer"].get("files")) is None:
         return None
     node = config.data_config(cfg["data"])
-    source = Files(files, reading_of(node))
-    try:
-        source.paths()
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.files", "tokenizer.files")) from error
+    source = Files(files, reading_of(node), "tokenizer.files")
     return Cleaned(source, Cleaning(node.normalize, 0, None, 1.0)) if node.normalize else source
 
 
@@ -80,6 +76,9 @@ def build_data(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextD
 def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> TextDataModule:
     """The same, before any text is read."""
     node = config.data_config(cfg["data"])
+    learnt_from = tokenizer_source(cfg)
+    if tokenizer is None and learnt_from is not None:
+        learnt_from.paths()  # what is wrong with them is said before other text is read
     mix = node.mix and {name: config.make(part.get("source")) for name, part in node.mix.items()}
     return data_kind(cfg)(
         node,
@@ -87,7 +86,7 @@ def data_module(cfg: dict[str, Any], tokenizer: Tokenizer | None = None) -> Text
         tokenizer or build_tokenizer(cfg["tokenizer"], config.trusted(cfg)),
         block_size=cfg["model"]["block_size"],
         seed=cfg["seed"],
-        tokenizer_source=None if tokenizer else tokenizer_source(cfg),
+        tokenizer_source=learnt_from,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gptlab.files import require_space, write_listed
@@ -146,7 +147,7 @@ def open_model(path: Path, trust: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer,
 
 def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] = ()) -> GPT:
     """A network, in eval mode, whose parameters are `weights` themselves. Raises RuntimeError if they don't fit."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = GPT(config, trust)
     if all(type(part).__module__.startswith(("gptlab.", "torch.")) for part in model.modules()):
         model.load_state_dict(weights, assign=True)
@@ -156,6 +157,18 @@ def build(config: GPTConfig, weights: dict[str, Tensor], trust: tuple[str, ...] 
         model = GPT(config, trust)
         model.load_state_dict(weights)
     return model.eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """No first values for weights that will be replaced: on `meta` they are of no use, and torch imports 80 MB more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange:  # of the rotary tables
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def find(run: Path, which: str = "best") -> Path:

@@ -42,7 +42,7 @@ def check(cfg: dict[str, Any]) -> None:
     if faults := [*faults, *model_faults(cfg)]:
         raise ValueError("; ".join(faults))
     data = config.data_config(cfg["data"])
-    check_data(data)
+    check_data(data, others=cfg["tokenizer"].get("files") is not None)
     if data.mix is not None:
         check_mixture(data)
     if (stream := config.make(data.stream)) is not None:

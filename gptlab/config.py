@@ -1,6 +1,7 @@
 """From the command line to a plain config: schemas, search path, known keys and words."""
 
 import functools
+import glob
 import os
 import time
 from collections.abc import Callable
@@ -179,20 +180,34 @@ def data_config(node: dict[str, Any]) -> DataConfig:
     return DataConfig(**{field.name: node[field.name] for field in fields(DataConfig) if field.name in node})
 
 
+def absolute_path(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def absolute_glob(pattern: str) -> Path:
+    """A path or glob made absolute: what stands before it is a path, and no glob even if it looks like one."""
+    path = absolute_path(pattern)
+    if path.exists() or Path(pattern).is_absolute():
+        return path
+    first, *rest = Path(pattern).parts
+    before, rest = (Path(first).expanduser(), rest) if first.startswith("~") else (Path.cwd(), [first, *rest])
+    return Path(glob.escape(str(before)), *rest)
+
+
 def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
     """The config with its paths made absolute, so that the run can be resumed from any folder."""
 
-    def absolute(key: str, value: Any) -> Any:
+    def absolute(key: str, value: Any, of: Callable[[str], Path] = absolute_path) -> Any:
         if isinstance(value, list):
-            return [absolute(key, item) for item in value]
+            return [absolute(key, item, of) for item in value]
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{key}={value!r} is no path; quote one that looks like a number: {key}=\\'{value}\\'")
-        return value if value is None or is_remote(value) else str(Path(value).expanduser().absolute())
+        return value if value is None or is_remote(value) else str(of(value))
 
     def with_paths(key: str, node: dict[str, Any]) -> dict[str, Any]:
         """A node of `data`, or of one of its sources."""
         named = [name for name in ("files", "validation_files", "tokens", "validation_tokens") if name in node]
-        paths = {name: absolute(f"{key}.{name}", node[name]) for name in named}
+        paths = {name: absolute(f"{key}.{name}", node[name], absolute_glob) for name in named}
         if "folders" in (source := node.get("source") or {}):
             paths["source"] = source | {"folders": absolute(f"{key}.source.folders", source["folders"])}
         if "folder" in (stream := node.get("stream") or {}):
@@ -203,7 +218,8 @@ def absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
     if data.get("mix"):
         data["mix"] = {name: with_paths(f"data.mix.{name}", part) for name, part in data["mix"].items()}
     given = [name for name in ("path", "files") if name in cfg["tokenizer"]]
-    tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name]) for name in given}
+    kinds = {"path": absolute_path, "files": absolute_glob}
+    tokenizer = {name: absolute(f"tokenizer.{name}", cfg["tokenizer"][name], kinds[name]) for name in given}
     run, prefix = cfg["init_from"], ""
     if isinstance(run, str) and run.startswith("hf:"):
         run, prefix = run.removeprefix("hf:"), "hf:"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptlab import architectures, bundle, checkpoint, tensors
+from gptlab import architectures, bundle, checkpoint, tensors, weight_names
 from gptlab.files import sha256_of_file
 from gptlab.model import GPT, GPTConfig
 from gptlab.tokenizer import BOS_ID, EOS_ID, PAD_ID, SIDECAR, Tokenizer, load_tokenizer
@@ -61,7 +61,7 @@ def load(folder: Path, trust: tuple[str, ...] = ()) -> Exported:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
-        weights = architectures.to_ours(config, read_weights(folder))
+        weights = weight_names.to_ours(config, read_weights(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer, shift = read_tokenizer(folder, trust)
@@ -104,11 +104,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"there is no {WEIGHTS}{reason}")
     index = bundle.read_json(folder / INDEX)
     listed = index.get("weight_map") if isinstance(index, dict) else None
-    names = set(listed.values()) if isinstance(listed, dict) and listed else {None}
+    names = list(listed.values()) if isinstance(listed, dict) and listed else [None]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{INDEX}: refused, it lists {str(name)[:80]!r}, which is no safetensors file beside it")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -127,12 +127,15 @@ def read_tokenizer(folder: Path, trust: tuple[str, ...]) -> tuple[Tokenizer, int
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             bundle.require_file(folder / name, bundle.LARGEST_JSON)
-    own = [folder / place for place in (SIDECAR, OWN_TOKENIZER) if (folder / place).is_file()]
-    if own or (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-        tokenizer = load_tokenizer(folder, trust)
-    else:
-        tokenizer = load_tokenizer(folder / "tokenizer.model", trust)
-    return tokenizer, 0 if own else getattr(tokenizer, "shift", 0)
+    if any((folder / place).is_file() for place in (SIDECAR, OWN_TOKENIZER)):
+        return load_tokenizer(folder, trust), 0
+    alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    try:
+        tokenizer = load_tokenizer(folder / "tokenizer.model" if alone else folder, trust)
+    except ValueError as error:
+        remedy = "; if it comes of a folder that gptlab exported, copy the folder tokenizer from there"
+        raise ValueError(f"{error}{remedy}") from error
+    return tokenizer, getattr(tokenizer, "shift", 0)
 
 
 def special_rows(content: Mapping[str, Any], vocab_size: int) -> dict[int, int]:

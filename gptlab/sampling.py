@@ -28,8 +28,8 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be more than 0; 1 is none")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be from 0.01 to 100; 1 is none")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must fit into 64 bits")
 
@@ -64,9 +64,10 @@ class Sampling:
         highest = logits.max()
         if not math.isfinite(highest):
             raise ValueError(NOT_FINITE)
-        weights = ((logits - highest) / self.temperature).exp()
+        weights = ((logits - highest) / max(self.temperature, COLDEST)).exp()
         if self.top_p < 1:
             before = weights.cumsum(0) - weights
+            before[0] = -1  # the likeliest stays, however small top_p is
             weights = weights.where(before < self.top_p * weights.sum(), 0)
         if self.min_p > 0:
             weights = weights.where(weights >= self.min_p, 0)  # the likeliest has weight 1
@@ -84,4 +85,5 @@ class Sampling:
         return int(place) if ids is None else int(ids[place])
 
 
+COLDEST = 1e-30  # a temperature below this is 0 in float32
 NOT_FINITE = "the network's logits are not finite: its weights are damaged, or its training went wrong"

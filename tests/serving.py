@@ -110,12 +110,15 @@ def serving(
     loaded: Loaded | None = None,
     safety: Safety | None = None,
     key: str | None = None,
+    buffer_bytes: int = 0,
     **limits: Any,
 ) -> Iterator[Served]:
     service = Service(loaded or small(), "small", Limits(**limits), safety or Safety(), Metrics())
     config = uvicorn.Config(api.build(service, key), log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
+    if buffer_bytes:  # of what is sent and not read yet
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

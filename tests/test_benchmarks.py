@@ -11,7 +11,7 @@ import torch
 from conftest import REPOSITORY, prose
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py"))
-SHARED = {"turns", "bare", "trials", "goodput", "encoders", "loaders"}  # what scripts are made of
+SHARED = {"turns", "bare", "trials", "goodput", "encoders", "loaders", "clients"}  # what scripts are made of
 
 
 def run(name: str, *arguments: str) -> str:
@@ -213,3 +213,18 @@ def test_step_profile():
         assert sum(number(cells[0]) for cells in table.values()) == pytest.approx(total, rel=0.1)
     assert number(operations["matrix products"][0]) > 0
     assert number(hooks["optimizer"][0]) > 0
+
+
+@pytest.mark.slow
+def test_serve():
+    (table,) = tables(run("serve", "--clients", "1", "2", "--requests=1", "--tokens=10", "--rounds=1"))
+    assert number(table["1"][1]) == 1
+    assert number(table["2"][1]) == pytest.approx(number(table["2"][0]) / number(table["1"][0]), rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_server_outlives_an_ordeal():
+    output = run("serve_load", "--clients", "30", "--seconds", "12")
+    assert output.rstrip().endswith("nothing was wrong")
+    (table,) = tables(output)
+    assert {"garbage", "half", "leaving", "looking", "several", "slow", "stream", "too_much", "whole"} == set(table)

@@ -50,6 +50,11 @@ def test_near_copies_are_left_out_and_others_stay(tmp_path):
     assert lines(tmp_path / "a", texts, deduplicate="near", similarity=0.15) == texts[:20]
 
 
+def test_texts_without_words_are_near_copies_only_where_they_are_exact_ones(tmp_path):
+    signs = ["1 2 3", "---", "\U0001f600 \U0001f601", "+ - *", "-  --", "---", "+  - *", "\U0001f600"]
+    assert lines(tmp_path / "a", signs, deduplicate="near") == [*signs[:5], signs[7]]
+
+
 def test_near_agrees_with_the_measure_that_it_estimates():
     def runs(text: list[str]) -> set[str]:
         return {" ".join(text[i : i + 5]) for i in range(len(text) - 4)}

@@ -149,21 +149,22 @@ def test_version_and_help_as_commands(tmp_path):
 
 # The floors: imports only point down. See the table at the end of the README.
 FLOORS = {
-    0: "formulas attention names signals ranks meeting files machine sharding tensors model architectures cache "
-    "tokenizer dialogue losses optim cost depth chunks vocabulary pieces words borrowed",
+    0: "formulas attention names signals ranks meeting files machine sharding tensors model architectures weight_names "
+    "cache tokenizer dialogue losses optim cost depth chunks vocabulary pieces words borrowed",
     1: "engine sampling texts safety checkpoint bundle exported loading run jobs data.batches data.changes "
     "data.checking data.cleaning data.code data.corpus data.datatrove data.document data.encoding data.formats "
-    "data.grammar data.ids data.listed data.mixture data.overlap data.remote data.shards data.sources data.stories "
-    "data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers scoring excess "
-    "evaluate.copies evaluate.quality evaluate.writing",
+    "data.grammar data.ids data.listed data.mixture data.opening data.overlap data.remote data.shards data.sources "
+    "data.states data.stories data.stream data.survey data.tokenizer_report data.tokens data.windows data.workers "
+    "scoring excess evaluate.copies evaluate.quality evaluate.writing",
     2: "strategies profilers data.litdata_stream data.module data.mixed data.streaming data.tokenized tasks.lm "
     "tasks.metrics callbacks.steps callbacks.averaging callbacks.floor callbacks.saving callbacks.record "
     "callbacks.watching evaluate.pairs",
     3: "manual start options flags config explain mixing assembly checks doors outcome inherit given dial resume sweep "
-    "launchers soundness study staged train prepare validate_data generate chat evaluate.subject "
-    "evaluate.held_out evaluate.parts evaluate.harness evaluate.table evaluate.__main__ "
-    "export.__main__ export.facts export.folder export.ggml_vocabulary export.gguf export.template "
-    "export.vocabulary __main__",
+    "launchers soundness study staged train prepare validate_data generate chat evaluate.subject evaluate.held_out "
+    "evaluate.parts evaluate.harness evaluate.table evaluate.__main__ export.__main__ export.facts export.folder "
+    "export.ggml_vocabulary export.gguf export.template export.vocabulary serve.__main__ serve.options serve.api "
+    "serve.service serve.prepare serve.schema serve.shapes serve.limits serve.metrics serve.worker serve.errors "
+    "__main__",
 }
 MAY_IMPORT = {
     0: {"torch", "sentencepiece", "numpy"},
@@ -194,6 +195,11 @@ MAY_IMPORT = {
         "filelock",
         "lm_eval",
         "transformers",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "pydantic",
+        "pydantic_core",
     },
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

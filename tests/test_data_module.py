@@ -8,8 +8,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from conftest import prose
+from conftest import SMALL, compose, prose
 
+from gptlab import assembly, checks
 from gptlab.data.module import DataConfig, TextDataModule
 from gptlab.tokenizer import EOS_ID, ByteTokenizer
 
@@ -208,3 +209,54 @@ def test_a_task_may_still_say_how_batches_are_moved(text_file):
     )  # fmt: skip
     trainer.fit(Task(), module([text_file]))
     assert moved == ["cpu", "cpu"]
+
+
+READING = {"documents": "line", "separator": "---", "field": "body", "strip_gutenberg": False}
+
+
+@pytest.mark.parametrize(("name", "value"), READING.items())
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("data=pydocs",),
+        ("data=code",),
+        ("data=gutenberg",),
+        ("data=stories", "tokenizer.path=somewhere"),
+        ("data.mix={pydocs: 1, code: 1}",),
+    ],
+)
+def test_how_files_are_read_is_refused_where_none_are(name, value, given):
+    """`data.source` reads its text in its own way, and would pass over it."""
+    said = json.dumps(value).strip('"')
+    with pytest.raises(ValueError, match=rf"data.{name}={value} .* data.files .*leave it out"):
+        checks.check(compose(*SMALL, *given, f"data.{name}={said}"))
+    if "tokenizer.path=somewhere" not in given:
+        with pytest.raises(ValueError, match=rf"data.{name}={value} .* data.files .*leave it out"):
+            assembly.data_module(compose(*SMALL, *given, f"data.{name}={said}"))
+
+
+def test_a_source_of_a_mixture_that_has_no_files_is_not_told_how_they_are_read():
+    mix = "data.mix={pydocs: {weight: 1, documents: line}, own: {files: a.txt}}"
+    with pytest.raises(ValueError, match=r"data.mix.pydocs: data.documents=line .*leave it out"):
+        assembly.data_module(compose(*SMALL, mix))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("data.files=a.jsonl",),
+        ("data=pydocs", "data.validation_files=a.jsonl"),
+        ("data=pydocs", "tokenizer=char", "tokenizer.files=a.jsonl"),
+        ("data.mix={pydocs: 1, own: {files: a.jsonl}}",),
+        ("data.mix={pydocs: {weight: 1, validation_files: a.jsonl}}",),
+        ("data=stream", "data.files=a.jsonl", "data.validation_files=a.jsonl"),
+    ],
+)
+def test_how_files_are_read_may_be_said_where_some_are(tmp_path, given):
+    (tmp_path / "a.jsonl").write_text('{"body": "text"}\n')
+    cfg = compose(*SMALL, *given, "data.field=body")
+    checks.check(cfg)
+    assembly.data_module(cfg)
+    assembly.data_module(cfg, ByteTokenizer())  # as when a run goes on, whose tokenizer is in its checkpoint
+    (tmp_path / "a.jsonl").unlink()
+    assembly.data_module(cfg, ByteTokenizer())

@@ -17,7 +17,7 @@ from kinds import foreign_json, of_kind
 from safetensors.torch import load_file, save_file
 from test_export import GPT2, LLAMA, export, network, save
 
-from gptlab import architectures, bundle, checkpoint, exported, loading
+from gptlab import bundle, checkpoint, exported, loading, weight_names
 from gptlab.exported import folder_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -126,7 +126,9 @@ def test_begin_and_padding_of_its_own_move_too(tmp_path):
         torch.testing.assert_close(rows[ours], table.mean(dim=0))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama, tied", "qwen3"))]
+)
 def test_from_a_folder_through_training_to_a_folder(name, tmp_path, text_file):
     """With a learning rate of 0 nothing has changed on the way but the names of the ids."""
     theirs = saved_by_transformers(tmp_path / "hf", name)
@@ -170,10 +172,26 @@ def test_an_exported_folder_without_our_own_file_is_read_by_its_tokenizer_json(t
     spm = of_kind("bpe")
     export(save(network(spm.vocab_size), spm, tmp_path / "y.ckpt"), tmp_path / "spm")
     shutil.rmtree(tmp_path / "spm/tokenizer")
-    with pytest.raises(ValueError, match="not made of bytes"):
+    with pytest.raises(ValueError, match=r"not made of bytes.*copy the folder tokenizer from there"):
         loading.load(tmp_path / "spm")
     (tmp_path / "spm/tokenizer.json").unlink()
     assert loading.load(tmp_path / "spm").tokenizer.encode("a b").tolist() == spm.encode("a b").tolist()
+
+
+def test_a_folder_that_transformers_saved_again_is_read_with_its_tokenizer_copied(tmp_path):
+    """As after trl has gone on with it."""
+    tokenizer = of_kind("bpe")
+    export(save(network(tokenizer.vocab_size), tokenizer, tmp_path / "x.ckpt"), tmp_path / "out", "--format", "bundle")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        theirs.model.norm.weight *= 2
+    theirs.save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    shutil.copytree(tmp_path / "out/tokenizer", tmp_path / "again/tokenizer", dirs_exist_ok=True)
+    again = loading.load(tmp_path / "again")
+    assert again.tokenizer.fingerprint == tokenizer.fingerprint
+    ids = torch.randint(500, (2, 20))
+    close(logits(again.model, ids), logits(theirs, ids))
 
 
 def test_an_import_says_what_contradicts_it(tmp_path):
@@ -278,7 +296,7 @@ def test_a_folder_without_weights_that_hold_no_code_is_refused(tmp_path):
         loading.load(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("listed", ["../x.safetensors", "/etc/passwd", "x.bin", 3, None, "sub/x.safetensors"])
+@pytest.mark.parametrize("listed", ["../x.safetensors", "/etc/passwd", "x.bin", 3, None, ["x"], "sub/x.safetensors"])
 def test_an_index_that_lists_other_files_is_refused(tmp_path, listed):
     saved_by_transformers(tmp_path / "hf", "llama")
     (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": listed}}))
@@ -476,8 +494,8 @@ def test_names_of_theirs_are_all_used_and_no_other():
     """What `to_ours` asks for is what `to_theirs` gives, for each kind of network."""
     for changes in ({}, LLAMA, LLAMA | {"bias": True}, GPT2, GPT2 | {"bias": True}, {"tie_embeddings": False}):
         model = network(269, **changes)
-        theirs = architectures.to_theirs(model.config, model.state_dict())
-        again = architectures.to_ours(model.config, exported_rows(theirs, model))
+        theirs = weight_names.to_theirs(model.config, model.state_dict())
+        again = weight_names.to_ours(model.config, exported_rows(theirs, model))
         assert again.keys() == model.state_dict().keys()
 
 

@@ -22,6 +22,15 @@ TEXTS = ['One day, "Tom" ran.\nThen he slept.', "Un d\u00eda, Ana\tcorri\u00f3."
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 
+MEND = "there, and must be text: mend or remove that row"
+
+
+def as_parquet(columns: dict[str, list]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()
+
+
 def as_rows(kind: str, texts: list[str]) -> bytes:
     rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
     if kind == ".json":
@@ -63,6 +72,37 @@ def test_what_was_written_is_read(tmp_path, kind, packed):
     reading = Reading() if has_rows else Reading(separator="---")
     assert [document.text for document in read_documents(path, reading, sizes.append)] == TEXTS
     assert sum(sizes) == path.stat().st_size
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("size", [1, 700_000])
+def test_frames_that_stand_one_after_another_are_one_text(tmp_path, packed, size):
+    texts = [f"part {number} " * size for number in range(3)]
+    frames = [COMPRESS[packed](text.encode()) for text in texts]
+    if packed == ".zst":  # as pzstd and the seekable format put between them
+        frames.insert(1, b"\x50\x2a\x4d\x18\x03\x00\x00\x00xyz")
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(b"".join(frames))
+    assert "".join(texts_of(path)) == "".join(texts)
+
+
+def test_a_byte_order_mark_before_a_separator_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    for first, texts in ((b"---\n", ["one", "two"]), (b"zero\n---\n", ["zero", "one", "two"])):
+        path.write_bytes(b"\xef\xbb\xbf" + first + b"one\n---\ntwo\n")
+        assert texts_of(path, separator="---") == texts
+    path.write_bytes(b"\xef\xbb\xbf---\none\n---\n\xff\n")
+    with pytest.raises(ValueError, match=r"byte 15 \(0xff, line 4\)"):
+        texts_of(path, separator="---")
+
+
+def test_no_cut_through_a_frame_is_taken_for_its_end(tmp_path):
+    content = zstandard.compress(b"".join(b"%d squared is %d\n" % (n, n * n) for n in range(300)))
+    path = tmp_path / "a.txt.zst"
+    for length in range(1, len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"a.txt.zst is damaged, or not what its ending says"):
+            texts_of(path)
 
 
 def test_parquet_and_lists_of_plain_texts_are_read(tmp_path):
@@ -115,10 +155,41 @@ def test_a_large_file_in_parts_is_the_file(tmp_path_factory, text, size):
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": b}\n', {}, r"a.jsonl: line 2 is no JSON .* at byte 23\): mend"),
         ("a.jsonl", b'{"body": "a"}\n', {}, r"line 1 has no text called 'text' \(it has body\): .* data.field"),
-        ("a.jsonl", b"3\n", {}, r"line 1 has no text called 'text' \(it is '3'\)"),
+        ("a.jsonl", b"3\n", {}, r"line 1 has no text called 'text' \(it is 3\)"),
         ("a.jsonl", b'{"text": "\xff"}\n', {}, r"a.jsonl is not UTF-8: byte 10 \(0xff, line 1\)"),
         ("a.json", b'{"text": "a"}', {}, r"must be a list of texts or rows; as plain text: data.documents=file"),
         ("a.json", b'["a",\n', {}, r"a.json: line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"id": 1, "text": null}\n', {}, rf"line 2: 'text' is null {MEND}"),
+        ("a.jsonl", b'{"text": 3.5}\n', {}, rf"a.jsonl: line 1: 'text' is 3.5 {MEND}"),
+        ("a.jsonl", b'{"text": ["a", "b"]}\n', {}, rf"a.jsonl: line 1: 'text' is a list {MEND}"),
+        ("a.json", b'[{"body": "a"}, {"body": true}]', {"field": "body"}, rf"a.json: row 2: 'body' is true {MEND}"),
+        ("a.csv", b"id,text\n1,a\n2\n", {}, rf"a.csv: line 3: 'text' is null {MEND}"),
+        ("a.parquet", as_parquet({"text": ["a", None]}), {}, rf"a.parquet: row 2: 'text' is null {MEND}"),
+        ("a.parquet", as_parquet({"text": [1, 2]}), {}, rf"a.parquet: row 1: 'text' is 1 {MEND}"),
+        ("a.parquet", as_parquet({"text": [b"a"]}), {}, rf"a.parquet: row 1: 'text' is b'a' {MEND}"),
+        (
+            "a.jsonl",
+            b'"a"\n{"text": ' + b"9" * 5000 + b"}\n",
+            {},
+            r"a.jsonl: line 2 cannot be read as JSON \(Exceeds the",
+        ),
+        (
+            "a.jsonl",
+            b'"a"\n' + b"[" * 200_000 + b"]" * 200_000,
+            {},
+            r"a.jsonl: line 2 cannot be read as JSON \(.*recurs",
+        ),
+        ("a.json", b"[" + b"9" * 5000 + b"]", {}, r"a.json cannot be read as JSON \(Exceeds the"),
+        ("a.json", b"[" * 200_000 + b"]" * 200_000, {}, r"a.json cannot be read as JSON \(.*recurs"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\u0000c"}\n', {}, r"a.jsonl: line 2: 'text' has a NUL, .*: mend"),
+        (
+            "a.json",
+            b'["a\\u0000"]',
+            {},
+            r"a.json: row 1: the text has a NUL, which no text has: mend or remove that row",
+        ),
+        ("a.csv", b"text\na\n\0\n", {}, r"a.csv: line 3: 'text' has a NUL"),
+        ("a.parquet", as_parquet({"text": ["a\0b"]}), {}, r"a.parquet: row 1: 'text' has a NUL"),
         ("a.csv", b'id,text\n1,"a\n', {}, r"a.csv: line \d is no CSV"),
         ("a.csv", b"id,body\n1,a\n", {}, r"has no text called 'text' \(it has id, body\)"),
         ("a.parquet", b"PAR1", {}, r"a.parquet is no Parquet file, or a damaged one"),
@@ -130,6 +201,11 @@ def test_a_large_file_in_parts_is_the_file(tmp_path_factory, text, size):
         ),
         ("a.txt.gz", b"plain", {}, r"a.txt.gz is damaged, or not what its ending says"),
         ("a.txt.zst", b"plain text", {}, r"a.txt.zst is damaged, or not what its ending says"),
+        ("a.txt.zst", zstandard.compress(b"text\n" * 99_999)[:-9], {}, r"a.txt.zst is damaged, or not what its ending"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-1], {}, r"a.jsonl.zst is damaged, or not what its"),
+        ("a.txt.zst", zstandard.compress(b"one") + zstandard.compress(b"two")[:-2], {}, r"a.txt.zst is damaged"),
+        ("a.txt.zst", zstandard.compress(b"one") + b"and no frame", {}, r"a.txt.zst is damaged"),
+        ("a.txt.zst", zstandard.compress(b"one") + b"\x28\xb5", {}, r"a.txt.zst is damaged"),
         ("a.txt.xz", b"plain text", {}, r"a.txt.xz is damaged, or not what its ending says"),
         ("a.txt", b"a", {"documents": "field"}, r"data.documents=field: .*a.txt has no rows; files that do end in"),
         ("a.parquet", b"a", {"documents": "line"}, r"data.documents=line: .*a.parquet has rows"),

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def run(command: str, folder: Path, *more: str) -> str:
     return done.stdout
 
 
+def serve(command: str, folder: Path) -> None:
+    """The command listens, answers, and ends when it is told to."""
+    program = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('gptlab.serve', None, '__main__')"
+    )
+    words = [sys.executable, "-c", program, str(REPOSITORY), *shlex.split(command)[3:], "--port", "0"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        with urllib.request.urlopen(f"{line.partition('API: ')[2].partition(')')[0]}/models", timeout=60) as answer:
+            assert b'"id":"first"' in answer.read()
+        process.terminate()
+        assert process.wait(60) == 143
+
+
 def paced(command: str) -> Any:
     """The command as a parameter, slow if it is: each job of a sweep starts anew, and this one has six."""
     return pytest.param(command, marks=pytest.mark.slow) if "seed=1,2,3" in command else command
@@ -65,7 +80,7 @@ def test_stop_and_go_on_and_use_what_was_trained(folder):
     run(first, folder, *small)
     assert "at step 40" in run(second, folder)
     for command in others:
-        run(command, folder)
+        (serve if "gptlab.serve" in command else run)(command, folder)
 
 
 def test_export_and_start_from_it(folder):

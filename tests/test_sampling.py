@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -52,6 +54,24 @@ def test_draws_follow_the_distribution(sampling):
     error = (expected * (1 - expected) / n).sqrt()
     assert (found[expected == 0] == 0).all()
     assert ((found - expected).abs() <= 4 * error).all()
+
+
+@given(
+    temperature=st.floats(0, 1e300),
+    top_k=st.none() | st.integers(1, 2 * V),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 100),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_whatever_may_be_asked_for_gives_a_token(**values):
+    sampling = Sampling(**values)
+    ids, weights = sampling.distribution(LOGITS, torch.ones(V, dtype=torch.bool))
+    assert weights.max() > 0
+    assert weights.isfinite().all()
+    token = sampling.draw(LOGITS, sampling.generator(), torch.ones(V, dtype=torch.bool))
+    assert 0 <= token < V
+    assert weights[token if ids is None else (ids == token).nonzero()[0, 0]] > 0
 
 
 def test_zero_is_the_likeliest_even_of_equals():

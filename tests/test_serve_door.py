@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, door
 from serving import save, small
 
-HEAVY = ["lightning", "torchmetrics", "hydra", "transformers", "omegaconf", "tensorboard"]
+HEAVY = ["lightning", "torchmetrics", "hydra", "transformers", "omegaconf", "tensorboard", "sympy"]
 SHOWN = f"""
 import runpy, sys
 try:

@@ -15,6 +15,7 @@ from serving import LETTERS, serving, small
 from gptlab.safety import Safety
 from gptlab.sampling import NOT_FINITE
 from gptlab.serve import limits as limits_module
+from gptlab.serve import service as service_module
 from gptlab.serve.__main__ import key_of, listen
 from gptlab.serve.limits import Limits, is_loopback, name_of, require_key
 
@@ -66,6 +67,7 @@ def error_of(answer: tuple[int, dict]) -> tuple[int, str | None, str | None]:
         ({"n": 9}, "n", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
+        ({"top_p": 10**400}, "top_p", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"top_k": 0}, "top_k", "invalid_value"),
         ({"seed": 2**70}, "seed", "invalid_value"),
@@ -95,6 +97,7 @@ def test_a_wrong_field_is_named(base, fields, param, code):
     assert len(answer[1]["error"]["message"]) < 500
     if param == "temprature":
         assert "'temperature'" in answer[1]["error"]["message"]
+    base.until_idle()  # no place is kept for it
 
 
 def test_what_changes_nothing_is_taken(base, chatty):
@@ -143,10 +146,21 @@ def test_what_changes_nothing_is_taken(base, chatty):
 def test_a_wrong_field_of_a_chat_is_named(chatty, fields, param, code):
     asked = {"messages": [{"role": "user", "content": "hi"}]}
     assert error_of(chatty.post("/v1/chat/completions", asked | fields)) == (400, param, code)
+    chatty.until_idle()
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"a": NaN}', b"[" * 9000, b'{"a":"\\ud800"}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b"[" * 9000,
+        b'{"a":"\\ud800"}',
+    ],
 )
 def test_a_body_that_is_no_json_object_is_a_400(base, body):
     assert error_of(base.post("/v1/completions", body)) == (400, None, "invalid_json")
@@ -289,14 +303,33 @@ def test_a_client_that_leaves_frees_its_place(stream, waits):
 
 
 def test_a_reader_who_does_not_read_holds_up_nobody():
-    with serving(parallel=1, max_tokens=3000) as served:
-        slow = served.open({"prompt": "a", "max_tokens": 3000, "truncation": "auto", "stream": True, "logprobs": 20})
+    with serving(parallel=1, buffer_bytes=4096) as served:
+        slow = served.open(LONG | {"max_tokens": 500, "truncation": "auto", "stream": True, "logprobs": 20})
         assert served.post("/v1/completions", ASKED)[0] == 200  # when the other one's text is there, unread
         assert served.service.admission.here == 0
+        assert served.service.metrics.counts["gptlab_completion_tokens_total"] >= 500
         said = b""
         while b"[DONE]" not in said:
             said = said[-20:] + slow.recv(2**16)
         slow.close()
+
+
+def test_a_reader_who_never_reads_is_left(monkeypatch):
+    monkeypatch.setattr(service_module, "SEND_TIMEOUT_S", 0.3)
+    body = LONG | {"max_tokens": 3000, "truncation": "auto", "stream": True, "logprobs": 20}
+    with serving(buffer_bytes=4096) as served:
+        held = served.open(body)
+        end = time.monotonic() + 20
+        while not served.service.metrics.requests["/v1/completions", 200]:  # counted when it is over
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = b""
+        while piece := held.recv(2**16):
+            said += piece
+        assert b"[DONE]" not in said
+        assert said.startswith(b"HTTP/1.1 200")
+        served.until_idle()
+        held.close()
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -343,6 +376,22 @@ def test_an_error_in_one_request_is_no_other_s():
         assert events
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "generation_failed"
         served.until_idle()
+
+
+def test_a_nan_in_one_s_cache_reaches_no_other():
+    loaded = small()
+    with torch.no_grad():
+        loaded.model.embed.weight[LETTERS.encode("z")[0]] = torch.nan
+    with serving(loaded, parallel=2) as served:
+        alone = [
+            loaded.generate(prompt, 15, temperature=0) for prompt in ("a", "a long tale of many words in a row, b")
+        ]
+        for _ in range(2):
+            status, answer = served.post("/v1/completions", LONG | {"prompt": "z" * 50, "max_tokens": 5})
+            assert error_of((status, answer)) == (500, None, "generation_failed")
+            prompts = ["a", "a long tale of many words in a row, b"]
+            _, answer = served.post("/v1/completions", LONG | {"prompt": prompts, "max_tokens": 15})
+            assert [choice["text"] for choice in answer["choices"]] == alone
 
 
 def test_a_network_of_nans_serves_errors_and_stays():

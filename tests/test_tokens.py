@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 
 from gptlab.data import batches, encoding, tokens
 from gptlab.data.changes import differences
+from gptlab.data.cleaning import Cleaned, Cleaning
 from gptlab.data.corpus import Files, Source
 from gptlab.data.document import Document
 from gptlab.data.tokens import TokenFile, open_prepared, prepare
@@ -181,6 +182,21 @@ def test_the_cache_knows_what_changes_the_tokens(corpus, tmp_path):
     moved = tmp_path / "moved"
     source.paths()[0].parent.rename(moved)
     assert build(Files(f"{moved}/*.txt"), tmp_path).folder == folder  # the bytes count, not where they are
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, lambda source: Cleaned(source, Cleaning("NFC", 0, None, 0.8))])
+def test_the_cache_knows_how_a_name_says_that_its_file_is_read(tmp_path, wrap):
+    content = "".join(f'{{"text": "line {n}"}}\n' for n in range(200))
+
+    def made(name: str):
+        (tmp_path / name).write_text(content)
+        return build(wrap(Files(f"{tmp_path}/{name}")), tmp_path, CharTokenizer.train)
+
+    plain, rows = made("a.txt"), made("a.jsonl")
+    assert "{" in plain.tokenizer.characters
+    assert "{" not in rows.tokenizer.characters
+    assert rows.meta["splits"]["train"]["documents"] > 100
+    assert made("b.md").folder == plain.folder, "other endings of plain text say nothing"
 
 
 def test_fingerprint_is_of_the_tokens_and_their_meaning(corpus, tmp_path):
@@ -457,3 +473,52 @@ def test_files_that_changed_are_told_from_those_that_moved():
     assert differences(then, then[::-1]) == "the files are the same, in another order"
     then, now = [("de/text", "a"), ("en/text", "b")], [("en/text", "other")]  # two of one name
     assert differences(then, now) == "changed: en/text; missing: de/text"
+
+
+class Writing(Files):
+    """Files to one of which somebody writes while they are read."""
+
+    def __init__(self, files: str, change, reading: int):
+        super().__init__(files)
+        self.change, self.reading_left = change, reading
+
+    def documents(self):
+        self.reading_left -= 1
+        for number, document in enumerate(super().documents()):
+            if number == 1 and self.reading_left == 0:
+                self.change()
+            yield document
+
+
+@pytest.mark.parametrize("reading", [1, 2, 4])  # the third only looks at the first document
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_a_text_that_changes_while_it_is_read_poisons_no_cache(corpus, tmp_path, change, reading):
+    """By whichever reading: for the rule of the split, for the tokenizer, or for the tokens."""
+    source = corpus(3)
+    path = source.paths()[2]
+    before = path.read_text()
+    os.utime(path, (1, 1))  # written some time before
+    changed = before.replace("<a>", "<b>") if change == "replace" else before + "<abc>"
+    act = path.unlink if change == "remove" else lambda: path.write_text(changed)
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match=rf"{path}"):
+        build(Writing(source.files[0], act, reading), cache, CharTokenizer.train)
+    assert not list(cache.rglob("meta.json"))
+    path.write_text(before)
+    clean = build(source, tmp_path / "clean", CharTokenizer.train)
+    again = build(Writing(source.files[0], act, 0), cache, CharTokenizer.train)
+    assert contents(again.folder / "tokenizer") == contents(clean.folder / "tokenizer")
+    assert again.fingerprint == clean.fingerprint
+
+
+@pytest.mark.parametrize("which", ["validation_source", "tokenizer_source"])
+def test_other_text_that_changes_while_it_is_read_is_named_too(corpus, tmp_path, which):
+    (tmp_path / "other").mkdir()
+    for name in "ab":
+        (tmp_path / f"other/{name}.txt").write_text(f"other text {name}")
+        os.utime(tmp_path / f"other/{name}.txt", (1, 1))
+    changed = tmp_path / "other/a.txt"
+    other = Writing(f"{tmp_path}/other/*.txt", lambda: changed.write_text("something else"), 1)
+    with pytest.raises(ValueError, match=f"{changed} changed while it was read"):
+        build(corpus(3), tmp_path / "cache", CharTokenizer.train, **{which: other})
+    assert not list((tmp_path / "cache").rglob("gptlab_tokenizer.json")) or which == "validation_source"

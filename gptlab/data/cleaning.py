@@ -24,7 +24,7 @@ class Cleaning:
 
     "exact" leaves out a document whose text, white space aside, was there before. "near" also one whose runs of
     SHINGLE_WORDS words are, by the Jaccard measure that MinHash estimates (Broder 1997), at least `similarity` those
-    of one that stays.
+    of one that stays; of texts without words, only exact copies.
     """
 
     normalize: str | None
@@ -97,8 +97,12 @@ class Cleaned(Source):
     def settings(self) -> dict:
         settings = {"cleaning": asdict(self.cleaning), "source": self.source.settings}
         if self.held_out is not None:
-            settings["held_out"] = [self.held_out.settings, [sha256_of_file(path) for path in self.held_out.paths()]]
+            files = [[sha256_of_file(path), *self.held_out.named(path)] for path in self.held_out.paths()]
+            settings["held_out"] = [self.held_out.settings, files]
         return settings
+
+    def named(self, path: Path) -> list[str]:
+        return self.source.named(path)
 
 
 def whole(documents: Iterator[Document]) -> Iterator[Document]:
@@ -139,9 +143,11 @@ def near(similarity: float) -> IsCopy:
         raise ValueError('data.deduplicate=near takes datasketch: pip install "gptlab[data]"') from error
     index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)
     kept: dict[str, MinHash] = {}
+    is_exact_copy = exact()
 
     def is_copy(text: str) -> bool:
-        words = re.findall(r"\w+", text.lower())
+        if not (words := re.findall(r"\w+", text.lower())):  # nothing to compare: all such texts would be one
+            return is_exact_copy(text)
         shingles = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
         own = MinHash(num_perm=PERMUTATIONS, seed=1)
         own.update_batch(sorted(shingle.encode() for shingle in shingles))

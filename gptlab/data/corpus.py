@@ -11,6 +11,7 @@ from pathlib import Path
 from gptlab.data.document import Document
 from gptlab.data.formats import Reading, read_documents
 from gptlab.data.grammar import Optimum
+from gptlab.data.opening import opened
 from gptlab.data.remote import is_remote, local_copies
 
 MANY_DOCUMENTS = 100  # from here on whole documents go to one side; below, each one gives its tail to validation
@@ -40,70 +41,78 @@ class Source(ABC):
     @property
     def kinds(self) -> list[type]:
         """The classes whose modules make the documents: with an edit in one of them, a cache is stale."""
-        return [type(self), Reading, Document]
+        return [type(self), Reading, opened, Document]
 
     @property
     def settings(self) -> dict:
         """What else changes the documents, in plain types: with the files' bytes, it tells when a cache is stale."""
         return {}
 
+    def named(self, path: Path) -> list[str]:
+        """What the name of one of `paths()` says of how it is read: the same bytes may become other documents."""
+        return []
+
 
 class Files(Source):
     """Files of text or rows. `files` is a path, glob or URL, or a list of them; `**` means any depth.
 
-    `reading` tells how they become documents.
+    `reading` tells how they become documents. `key` is the one that names them, for errors to say.
     """
 
-    def __init__(self, files: str | Sequence[str], reading: Reading | None = None):
+    def __init__(self, files: str | Sequence[str], reading: Reading | None = None, key: str = "data.files"):
+        self.key = key
         self.files = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
         self.reading = reading or Reading()
         self._copies: dict[str, list[Path]] = {}  # of what lies elsewhere: asked for once a run
 
     def paths(self) -> list[Path]:
         if not self.files:
-            raise ValueError("data.files is empty; name a file or a glob such as 'texts/**/*.txt'")
-        found: dict[Path, str] = {}  # resolved path -> the pattern that gave it
+            raise ValueError(f"{self.key} is empty; name a file or a glob such as 'texts/**/*.txt'")
+        found: list[Path] = []  # with the names that were given: a link's own name says how it is read
+        given: dict[Path, str] = {}  # resolved path -> the pattern that gave it
         for pattern in self.files:
             for path in self._expand(pattern):
                 if not str(path).isprintable() and any("\udc80" <= c <= "\udcff" for c in str(path)):
-                    raise ValueError(f"data.files: the name of {str(path)!r} is not UTF-8; rename the file")
-                if path.resolve() in found:
+                    raise ValueError(f"{self.key}: the name of {str(path)!r} is not UTF-8; rename the file")
+                if (place := path.resolve()) in given:
                     raise ValueError(
-                        f"data.files: {path} is named twice, by {found[path.resolve()]!r} and {pattern!r}; "
+                        f"{self.key}: {path} is named twice, by {given[place]!r} and {pattern!r}; "
                         "its text would count double: keep one of them"
                     )
-                found[path.resolve()] = pattern
-        return list(found)
+                given[place] = pattern
+                found.append(path.absolute())
+        return found
 
     def read(self, path: Path) -> Iterator[Document]:
         yield from read_documents(path, self.reading, self._count)
 
     def _expand(self, pattern: str) -> list[Path]:
         if not is_remote(pattern):
-            return _expand(pattern)
+            return _expand(pattern, self.key)
         if pattern not in self._copies:
-            self._copies[pattern] = local_copies(pattern)
+            self._copies[pattern] = local_copies(pattern, self.key)
         return self._copies[pattern]
 
     @property
     def settings(self) -> dict:
         return asdict(self.reading)
 
+    def named(self, path: Path) -> list[str]:
+        return self.reading.named(path)
 
-def _expand(pattern: str) -> list[Path]:
+
+def _expand(pattern: str, key: str) -> list[Path]:
     """The files, sorted, that `pattern` names. Raises ValueError for a folder, and where there is no file."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        raise ValueError(f"data.files={pattern!r} is a folder; name the files in it: '{path}/**/*.txt'")
+        raise ValueError(f"{key}={pattern!r} is a folder; name the files in it: '{path}/**/*.txt'")
     if path.is_file():  # also where its name holds glob characters, as in "draft[2].txt"
         return [path]
     if not glob.has_magic(pattern):
-        raise ValueError(f"data.files={pattern!r}: there is no such file here in {Path.cwd()}; check the path")
+        raise ValueError(f"{key}={pattern!r}: there is no such file here in {Path.cwd()}; check the path")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not (matches := [match for match in matches if match.is_file()]):
-        raise ValueError(
-            f"data.files={pattern!r} matches no file here in {Path.cwd()}; check the folder and the ending"
-        )
+        raise ValueError(f"{key}={pattern!r} matches no file here in {Path.cwd()}; check the folder and the ending")
     return matches
 
 

@@ -1,11 +1,14 @@
 """A document, and the bytes of a text file as text."""
 
 import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 GUTENBERG_START = re.compile(r"^\*{3} *START OF [^*]*PROJECT GUTENBERG[^*]*\*{3}.*\n", re.MULTILINE | re.IGNORECASE)
-GUTENBERG_END = re.compile(r"^\*{3} *END OF [^*]*PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
+GUTENBERG_END = re.compile(r"^\*{3} *END OF [^*]*?PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
+MARK = 2000  # characters: no line of START or END, with a title of many lines, is longer
 
 
 class UnreadableText(ValueError):  # noqa: N818 - what a user reads is its message
@@ -59,8 +62,59 @@ def decode_text(content: bytes, path: Path, first_byte: int = 0, first_line: int
 
 
 def without_gutenberg(text: str) -> str:
-    """`text` without Project Gutenberg's header and licence; text that has neither comes back unchanged."""
-    start, end = GUTENBERG_START.search(text), GUTENBERG_END.search(text)
-    if not (start or end):
-        return text
-    return text[start.end() if start else 0 : end.start() if end else None].strip("\n") + "\n"
+    """`text` without Project Gutenberg's headers and licences; text that has none comes back unchanged."""
+    spans = gutenberg_spans([text])
+    return text if spans is None else "".join(gutenberg_texts([text], spans))
+
+
+def gutenberg_spans(parts: Iterable[str]) -> list[tuple[int, int]] | None:
+    """From where to where the books stand in a text, which may come in parts; None where it is not Gutenberg's.
+
+    A book begins after a line of START, and ends before one of END. Where one of these is missing, more is kept.
+    """
+    spans, begin, is_first = [], None, True
+    for start, end, begins in _gutenberg_marks(parts):
+        if is_first and not begins:
+            begin = 0
+        if begin is not None:
+            spans.append((begin, start))
+        begin, is_first = end if begins else None, False
+    if is_first:
+        return None
+    return spans if begin is None else [*spans, (begin, sys.maxsize)]
+
+
+def _gutenberg_marks(parts: Iterable[str]) -> Iterator[tuple[int, int, bool]]:
+    """Where each line of START or END stands, and whether it is of START. In parts, none is longer than MARK."""
+    done, at, text = 0, 0, ""  # up to where marks were found; where `text` begins
+    for part in parts:
+        at, text = at + max(len(text) - MARK, 0), text[-MARK:] + part
+        if "***" not in text:
+            continue
+        first = max(done - at, 1 if at else 0)  # a line may have begun before the text that is still held
+        found = [(mark, True) for mark in GUTENBERG_START.finditer(text, first)]
+        found += [(mark, False) for mark in GUTENBERG_END.finditer(text, first)]
+        for mark, begins in sorted(found, key=lambda each: each[0].start()):
+            done = at + mark.end()
+            yield at + mark.start(), done, begins
+
+
+def gutenberg_texts(parts: Iterable[str], spans: list[tuple[int, int]]) -> Iterator[str]:
+    """What stands in `spans`, in parts: without empty lines at the ends of each, and one between two of them."""
+    at, number = 0, 0
+    before, waiting, has_begun = "", "", False  # what comes before the next text; of this span
+    for part in parts:
+        while number < len(spans) and spans[number][0] < at + len(part):
+            start, end = spans[number]
+            text = part[max(start - at, 0) : end - at]
+            text = text if has_begun else text.lstrip("\n")
+            if body := text.rstrip("\n"):
+                yield (waiting if has_begun else before) + body
+                before, waiting, has_begun = "\n\n", text[len(body) :], True
+            else:
+                waiting += text
+            if end > at + len(part):
+                break
+            number, waiting, has_begun = number + 1, "", False
+        at += len(part)
+    yield "\n"

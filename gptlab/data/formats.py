@@ -4,28 +4,24 @@ Nothing larger than PART_BYTES is held but a document that its file gives as one
 in parts.
 """
 
-import bz2
+import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gptlab.data.document import Document, decode_text, without_gutenberg
+from gptlab.data.document import Document, decode_text, gutenberg_spans, gutenberg_texts, without_gutenberg
+from gptlab.data.opening import OPENERS, Count, opened
 
 WHOLE_BYTES = 2**24  # a text file up to this size is one piece; no book is larger
 PART_BYTES = 2**20
 READINGS = ("auto", "file", "line", "separator", "field")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 NOTHING = "{} holds no text; remove it from the data, or check that it was written whole"
-Count = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,11 @@ class Reading:
         if word != "field" and kind_of(path) == ".parquet":
             raise ValueError(f"data.documents={word}: {path} has rows; read it with data.documents=field")
         return word
+
+    def named(self, path: Path) -> list[str]:
+        """All that the file's name decides: the word, what kind of rows it has, and how it is compressed."""
+        word, ending = self.of(path), path.suffix.lower()
+        return [word, kind_of(path) if word == "field" else "", ending if ending in OPENERS else ""]
 
 
 def kind_of(path: Path) -> str:
@@ -109,11 +110,35 @@ def _file(path: Path, strip_gutenberg: bool, count: Count) -> Iterator[Document]
             raise ValueError(NOTHING.format(path))
         yield Document(path.name, text)
         return
-    length = sum(len(text) for text in _parts(path, lambda size: None))
+    measure = _Measure(_parts(path, lambda size: None))
+    spans = gutenberg_spans(measure) if strip_gutenberg else None
+
+    def parts(count: Count) -> Iterator[str]:
+        return _parts(path, count) if spans is None else gutenberg_texts(_parts(path, count), spans)
+
+    if spans is not None:
+        measure = _Measure(parts(lambda size: None))
+    for _ in measure:  # unless they have passed by
+        pass
+    if measure.is_blank:
+        raise ValueError(NOTHING.format(path))
     start = 0
-    for text in _parts(path, count):
-        yield Document(path.name, text, start, length)
+    for text in parts(count):
+        yield Document(path.name, text, start, measure.length)
         start += len(text)
+
+
+class _Measure:
+    """The parts of a text, and what is known of it when they have passed by."""
+
+    def __init__(self, parts: Iterator[str]):
+        self.parts, self.length, self.is_blank = parts, 0, True
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.parts:
+            self.length += len(text)
+            self.is_blank = self.is_blank and not text.strip()
+            yield text
 
 
 def _parts(path: Path, count: Count) -> Iterator[str]:
@@ -154,7 +179,7 @@ def _separated(path: Path, reading: Reading, count: Count) -> Iterator[Document]
     first_byte, first_line = 0, 1
     with opened(path, count) as file:
         for number, line in enumerate(chain(file, [separator]), start=1):
-            if line.strip() != separator:
+            if (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip() != separator:
                 lines.append(line)
                 continue
             content = b"".join(lines)
@@ -175,15 +200,28 @@ def _rows(path: Path, reading: Reading, count: Count) -> Iterator[Document]:
     else:
         rows = json_lines(path, count)
     for where, row in rows:
-        text = row if isinstance(row, str) else row.get(reading.field) if isinstance(row, Mapping) else None
+        is_named = isinstance(row, Mapping) and reading.field in row
+        text, called = (row[reading.field], repr(reading.field)) if is_named else (row, "the text")
+        if is_named and not isinstance(text, str):
+            raise ValueError(
+                f"{path}: {where}: {called} is {_shown(text)} there, and must be text: mend or remove that row"
+            )
         if not isinstance(text, str):
-            has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is {str(row)[:40]!r}"
+            has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is {_shown(row)}"
             raise ValueError(
                 f"{path}: {where} has no text called {reading.field!r} ({has}): name the one to read with data.field"
             )
+        if "\0" in text:  # as in plain text, where it tells of bytes that are none
+            raise ValueError(f"{path}: {where}: {called} has a NUL, which no text has: mend or remove that row")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
             yield Document(f"{path.name}:{where.split()[-1]}", text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | Mapping):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)[:40]
 
 
 def json_lines(path: Path, count: Count = lambda size: None) -> Iterator[tuple[str, Any]]:
@@ -192,13 +230,19 @@ def json_lines(path: Path, count: Count = lambda size: None) -> Iterator[tuple[s
     with opened(path, count) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
+                text = decode_text(line, path, first_byte, number)
                 try:
-                    yield f"line {number}", json.loads(decode_text(line, path, first_byte, number))
+                    row = json.loads(text)
                 except json.JSONDecodeError as error:
                     at = f"byte {first_byte + len(error.doc[: error.pos].encode())}"
                     raise ValueError(
                         f"{path}: line {number} is no JSON ({error.msg} at {at}): mend or remove that line"
                     ) from error
+                except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+                    raise ValueError(
+                        f"{path}: line {number} cannot be read as JSON ({error}): mend or remove that line"
+                    ) from error
+                yield f"line {number}", row
             first_byte += len(line)
 
 
@@ -209,6 +253,8 @@ def _json_rows(path: Path, count: Count) -> Iterator[tuple[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno} is no JSON ({error.msg}); JSON lines end in .jsonl") from error
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise ValueError(f"{path} cannot be read as JSON ({error}): mend or remove what is wrong with it") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a .json file must be a list of texts or rows; as plain text: data.documents=file")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
@@ -247,73 +293,3 @@ def _parquet_rows(path: Path, field: str, count: Count) -> Iterator[tuple[str, A
                 count(size // file.num_row_groups)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is no Parquet file, or a damaged one ({error})") from error
-
-
-def _open_zstd(file: BinaryIO) -> BinaryIO:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-
-        return zstd.open(file)
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise ValueError('reading .zst takes zstandard: pip install "gptlab[data]"') from error
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-
-
-OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstd,
-}
-
-
-class _Counted(io.FileIO):
-    """A file that tells how much of it was read."""
-
-    count: Count
-
-    def readinto(self, buffer: Any) -> int:
-        self.count(size := super().readinto(buffer))
-        return size
-
-    def readall(self) -> bytes:
-        self.count(len(content := super().readall()))
-        return content
-
-
-class opened:  # noqa: N801  it is used as a function is
-    """`with opened(path, count) as file`: the bytes of a file, decompressed by its ending.
-
-    Raises ValueError, naming the file, for what goes wrong with it, also while it is read.
-    """
-
-    def __init__(self, path: Path, count: Count):
-        self.path, self.count = path, count
-
-    def __enter__(self) -> BinaryIO:
-        try:
-            raw = _Counted(self.path)
-            raw.count = self.count
-            self.raw = io.BufferedReader(raw, 2**20)
-            opener = OPENERS.get(self.path.suffix.lower())
-            self.file = opener(self.raw) if opener else self.raw
-        except OSError as error:
-            raise self._unreadable(error) from error
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
-        return self.file
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.file.close()
-        self.raw.close()
-        damaged = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-        if isinstance(error, damaged) or (kind is not None and kind.__name__ == "ZstdError"):
-            raise ValueError(f"{self.path} is damaged, or not what its ending says ({error})") from error
-        if isinstance(error, OSError):
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: OSError) -> ValueError:
-        reason = error.strerror or str(error)
-        return ValueError(f"cannot read {self.path}: {reason}; check the path and its permissions")

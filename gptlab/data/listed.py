@@ -40,22 +40,26 @@ class TextFile:
         return [name_of(self.place), self.size, self.version]
 
 
-def text_files(files: str | Sequence[str]) -> list[TextFile]:
-    """The files that paths, globs and URLs name, none of them read. Raises ValueError where one is not there."""
+def text_files(files: str | Sequence[str], key: str = "data.files") -> list[TextFile]:
+    """The files that paths, globs and URLs name, none read. Raises ValueError, naming `key`, where one is not there."""
     patterns = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
     found: dict[str, TextFile] = {}
-    for pattern in patterns or Files([]).paths():  # which says that there is none
-        there = map(_local, Files(pattern).paths()) if not is_remote(pattern) else starmap(TextFile, listed(pattern))
+    for pattern in patterns or Files([], key=key).paths():  # which says that there is none
+        if is_remote(pattern):
+            there = starmap(TextFile, listed(pattern, key))
+        else:
+            there = map(_local, Files(pattern, key=key).paths())
         for file in there:
-            if file.place in found:
-                raise ValueError(f"data.files: {file.place} is named twice; its text would count double: keep one")
-            found[file.place] = file
+            place = file.place if is_remote(file.place) else str(Path(file.place).resolve())
+            if place in found:
+                raise ValueError(f"{key}: {file.place} is named twice; its text would count double: keep one")
+            found[place] = file
     return list(found.values())
 
 
 def _local(path: Path) -> TextFile:
     facts = path.stat()
-    return TextFile(str(path.resolve()), facts.st_size, f"mtime {facts.st_mtime_ns}")
+    return TextFile(str(path.absolute()), facts.st_size, f"mtime {facts.st_mtime_ns}")
 
 
 def fingerprint_of(files: Iterable[TextFile]) -> str:
@@ -75,7 +79,7 @@ def refuse_overlap(files: Iterable[TextFile], patterns: str | Sequence[str], hel
         if is_remote(file.place):
             known |= {file.place: file, tuple(file.identity): file}
     remote = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if is_remote(str(pattern))]
-    for file in text_files(remote) if remote and known else ():
+    for file in text_files(remote, "data.validation_files") if remote and known else ():
         if same := known.get(file.place) or known.get(tuple(file.identity)):
             raise ValueError(
                 f"{file.place} is validation text, and the same as {same.place}, which is training text: leave it out "
@@ -85,7 +89,7 @@ def refuse_overlap(files: Iterable[TextFile], patterns: str | Sequence[str], hel
         for file in by_size.get(path.stat().st_size, []):
             if is_remote(file.place):
                 continue
-            if str(path.resolve()) == file.place or sha256_of_file(path) == sha256_of_file(Path(file.place)):
+            if path.samefile(file.place) or sha256_of_file(path) == sha256_of_file(Path(file.place)):
                 raise ValueError(
                     f"{path} is validation text, and the same as {file.place}, which is training text: leave it out "
                     "of one of them"

@@ -41,7 +41,8 @@ class MixedDataModule(TextDataModule):
         super().__init__(config, None, tokenizer, block_size, seed, cache, tokenizer_source)
 
     def named(self, source: Source | None) -> dict[str, Source]:
-        return {name: text_source(config, self.given.get(name)) for name, config in self.configs.items()}
+        given = self.given
+        return {name: text_source(own, given.get(name), f"data.mix.{name}") for name, own in self.configs.items()}
 
     @property
     def source(self) -> None:
@@ -56,8 +57,8 @@ class MixedDataModule(TextDataModule):
         if self.prepared is not None:
             return
         texts = {
-            name: SplitText(source, validation_source(self.configs[name]), self.configs[name].validation_fraction)
-            for name, source in self.sources.items()
+            name: SplitText(source, validation_source(own, f"data.mix.{name}"), own.validation_fraction)
+            for (name, source), own in zip(self.sources.items(), self.configs.values(), strict=True)
         }
         self.prepared = prepare_mixture(
             texts,
@@ -92,7 +93,7 @@ def checked(config: DataConfig) -> tuple[dict[str, DataConfig], dict[str, float]
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             faults.append(f"data.mix.{name}.weight={weight!r} must be a number more than 0")
         try:
-            check(configs[name])
+            check(configs[name], own)
         except ValueError as error:
             faults.append(f"data.mix.{name}: {error}")
     if config.files is not None or config.validation_files is not None:

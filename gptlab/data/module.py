@@ -1,6 +1,6 @@
 """The LightningDataModule: text becomes tokens, tokens become batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class TextDataModule(LightningDataModule):
         tokenizer_source: Source | None = None,
     ):
         super().__init__()
-        check(config)
+        check(config, others=tokenizer_source is not None)
         self.config, self.block_size, self.seed = config, block_size, seed
         self.cache = cache or cache_dir()
         self.stride = config.stride or max(1, block_size // 2)
@@ -260,23 +260,23 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
-def text_source(config: DataConfig, source: Source | None) -> Source:
-    """The text that `config` names, cleaned: data.files, or else `source`, made of data.source.
+def text_source(config: DataConfig, source: Source | None, key: str = "data") -> Source:
+    """The text that `config`, which stands at `key`, names, cleaned: `files`, or else `source`, made of its source.
 
     Where copies are left out, so are those of the held-out text of its own.
     """
     if config.files is not None:
-        source = Files(config.files, reading_of(config))
+        source = Files(config.files, reading_of(config), f"{key}.files")
     if source is None:
         raise ValueError("no text to train on: choose data=<name> or give data.files='[...]'")
-    return cleaned(source, config, validation_source(config) if config.deduplicate else None)
+    return cleaned(source, config, validation_source(config, key) if config.deduplicate else None)
 
 
-def validation_source(config: DataConfig) -> Source | None:
+def validation_source(config: DataConfig, key: str = "data") -> Source | None:
     """The held-out text of its own, where `config` names some."""
     if config.validation_files is None:
         return None
-    return cleaned(Files(config.validation_files, reading_of(config)), config)
+    return cleaned(Files(config.validation_files, reading_of(config), f"{key}.validation_files"), config)
 
 
 def reading_of(config: DataConfig) -> Reading:
@@ -293,8 +293,12 @@ def cleaning_of(config: DataConfig) -> Cleaning:
     return Cleaning(config.normalize, config.min_characters, config.deduplicate, config.similarity)
 
 
-def check(config: DataConfig) -> None:
-    """Raise ValueError with every value that cannot be."""
+def check(config: DataConfig, own: Collection[str] | None = None, others: bool = False) -> None:
+    """Raise ValueError with every value that cannot be.
+
+    Of a source of a mixture, `own` are the keys that it gives itself. `others` says that a tokenizer learns from other
+    files, which are read in the same way.
+    """
     reading_of(config)
     cleaning_of(config)
     faults = [
@@ -308,6 +312,8 @@ def check(config: DataConfig) -> None:
         if value is not None and value < least
     ]
     faults += said_of_other_data(config)
+    if not others:
+        faults += said_of_no_files(config, own)
     if config.begin not in ("anywhere", "document"):
         faults.append(f"data.begin={config.begin!r} is none of anywhere, document")
     if not 0 < config.validation_fraction < 1:
@@ -316,7 +322,8 @@ def check(config: DataConfig) -> None:
         raise ValueError("; ".join(faults))
 
 
-OF_TEXT = ("files", "mix", "validation_files", "documents", "separator", "field", "strip_gutenberg")
+OF_READING = ("documents", "separator", "field", "strip_gutenberg")
+OF_TEXT = ("files", "mix", "validation_files", *OF_READING)
 OF_TEXT += ("normalize", "min_characters", "deduplicate")
 
 
@@ -329,4 +336,18 @@ def said_of_other_data(config: DataConfig) -> list[str]:
     return [
         f"data.{name}={value} is of text, and data.tokens={config.tokens} is ids already: leave one of them out"
         for name, value in given.items()
+    ]
+
+
+def said_of_no_files(config: DataConfig, own: Collection[str] | None) -> list[str]:
+    """What is said of how files are read where no text is files of one's own, so that nothing would come of it."""
+    parts = [{"files": config.files, "validation_files": config.validation_files}, *(config.mix or {}).values()]
+    has_files = any(part.get(name) is not None for part in parts for name in ("files", "validation_files"))
+    if has_files or config.tokens is not None or config.stream is not None:
+        return []
+    return [
+        f"data.{name}={value} says how data.files are read, and there are none: data.source reads its text in its own "
+        "way; leave it out, or name files"
+        for name in OF_READING
+        if (value := getattr(config, name)) != getattr(DataConfig, name) and (own is None or name in own)
     ]

@@ -27,20 +27,20 @@ def is_remote(pattern: str) -> bool:
     return "://" in pattern
 
 
-def local_copies(url: str) -> list[Path]:
+def local_copies(url: str, key: str) -> list[Path]:
     """The files that a URL or a glob of them names, each copied into the cache unless this version of it is there.
 
-    Any scheme that fsspec knows: https, s3, gs, hf, file. What https names is taken not to change. Raises ValueError
-    where a scheme is unknown or its library is not installed, and where nothing is found or can be read.
+    Any scheme that fsspec knows: https, s3, gs, hf, file. What https names is taken not to change. Raises ValueError,
+    naming `key`, where a scheme is unknown or its library is not installed, and where nothing is found or can be read.
     """
-    with _explained(url):
+    with _explained(url, key):
         system, paths = _found(url)
         return [_cached(system, path, get_protocol(url)) for path in paths]
 
 
-def listed(url: str) -> list[tuple[str, int, str]]:
+def listed(url: str, key: str) -> list[tuple[str, int, str]]:
     """The address, size and version of each file that a URL or a glob of them names; nothing of them is read."""
-    with _explained(url):
+    with _explained(url, key):
         system, paths = _found(url)
         infos = {path: info if info.get("size") is not None else system.info(path) for path, info in paths.items()}
         return [(system.unstrip_protocol(path), info["size"] or 0, _version(info)) for path, info in infos.items()]
@@ -48,7 +48,7 @@ def listed(url: str) -> list[tuple[str, int, str]]:
 
 def copy(url: str, target: Path, stopped: Callable[[], bool]) -> None:
     """Copy a file from elsewhere to `target`, which is there whole or not at all; OSError where it is `stopped`."""
-    with _explained(url):
+    with _explained(url, "data.files"):
         system, path = fsspec.core.url_to_fs(url)
         _copy(system, path, target, stopped)
 
@@ -64,20 +64,20 @@ def _version(info: dict) -> str:
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Say what is wrong with `url` in gptlab's own words: each library has others."""
+def _explained(url: str, key: str) -> Iterator[None]:
+    """Say what is wrong with `url`, which `key` names, in gptlab's own words: each library has others."""
     try:
         yield
     except ImportError as error:
-        raise ValueError(f'data.files={url!r}: {error}; pip install "gptlab[data]" brings s3, gs and hf') from error
+        raise ValueError(f'{key}={url!r}: {error}; pip install "gptlab[data]" brings s3, gs and hf') from error
     except ValueError as error:  # a scheme that nobody knows
-        raise ValueError(f"data.files={url!r}: {error}") from error
+        raise ValueError(f"{key}={url!r}: {error}") from error
     except FileNotFoundError as error:
-        raise ValueError(f"data.files={url!r}: there is no such file, or no way to it ({error}); {OFFLINE}") from error
+        raise ValueError(f"{key}={url!r}: there is no such file, or no way to it ({error}); {OFFLINE}") from error
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise OSError(errno.ENOSPC, f"no space to copy {url} to; set GPTLAB_CACHE_DIR to a larger disk") from error
-        raise OSError(f"cannot read data.files={url!r} ({type(error).__name__}: {error}); {OFFLINE}") from error
+        raise OSError(f"cannot read {key}={url!r} ({type(error).__name__}: {error}); {OFFLINE}") from error
 
 
 def _found(url: str) -> tuple[fsspec.AbstractFileSystem, dict[str, dict]]:

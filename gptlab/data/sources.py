@@ -149,6 +149,9 @@ class Download(Source):
     def settings(self) -> dict:
         return asdict(self.reading)
 
+    def named(self, path: Path) -> list[str]:
+        return self.reading.named(path)
+
 
 def find_or_download(file: RemoteFile) -> Path:
     """The file in `$GPTLAB_DATA_DIR`, else in the cache, else from the web. Raises OSError where there is none."""

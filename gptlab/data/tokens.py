@@ -28,6 +28,7 @@ from gptlab.data import encoding
 from gptlab.data.corpus import MANY_DOCUMENTS, Source, split_documents, split_rule
 from gptlab.data.document import Document
 from gptlab.data.encoding import SIDES
+from gptlab.data.states import look_at, refuse_changed
 from gptlab.data.workers import processes
 from gptlab.files import open_more, sha256_of_file
 from gptlab.run import write_json
@@ -35,7 +36,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # raise it when the same text would give other files
+FORMAT = 5  # raise it when the same text would give other files
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 BLOCK_BYTES = 2**23  # read at a time by who reads all
 T = TypeVar("T")
@@ -195,16 +196,24 @@ def tokenizer_for(
     owner = getattr(partial.func, "__self__", partial.func)  # the class, where it is a class's `train`
     name = [owner.__module__, owner.__qualname__, partial.func.__name__]
     if source is not None:
-        learnt_from = [_source_identity(source, _file_records(source))]
+        records, states = look_at(source)
+        learnt_from = [_source_identity(source, records)]
         content = (document.text for document in source.documents())
     else:
+        states = {path: state for text in texts for path, state in text.states.items()}
         learnt_from = [text.training_identity for text in texts]
         content = (training for text in texts for training in text.training_texts())
+
+    def build(folder: Path) -> None:
+        made = partial(content)
+        refuse_changed(states)
+        made.save(folder)
+
     key = _key(FORMAT, name, _codes(owner), partial.args, partial.keywords, learnt_from)
     return _once(
         Path(cache) / "tokenizers" / key,
         load=lambda folder: load_tokenizer(folder, trust=(owner.__module__.split(".")[0],)),
-        build=lambda folder: partial(content).save(folder),
+        build=build,
     )
 
 
@@ -227,11 +236,13 @@ class SplitText:
     def __init__(self, source: Source, validation_source: Source | None, fraction: float):
         self.source, self.validation_source = source, validation_source
         self.fraction = None if validation_source else fraction
-        self.files = {"source": _file_records(source)}
+        records, self.states = look_at(source)
+        self.files = {"source": records}
         self.training_identity = [_source_identity(source, self.files["source"]), self.fraction, MANY_DOCUMENTS]
         self.identity = [self.training_identity]
         if validation_source:
-            self.files["validation_source"] = _file_records(validation_source)
+            self.files["validation_source"], states = look_at(validation_source)
+            self.states |= states
             self.identity.append(_source_identity(validation_source, self.files["validation_source"]))
             self._refuse_overlap()
 
@@ -282,13 +293,9 @@ class SplitText:
         return (document.text for side, document in self.pieces() if side == "train")
 
 
-def _file_records(source: Source) -> list[dict]:
-    return [{"path": str(p), "size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in source.paths()]
-
-
 def _source_identity(source: Source, files: list[dict]) -> list:
     kinds = [[kind.__module__, kind.__qualname__, _code(kind)] for kind in source.kinds]
-    return [kinds, source.settings, [file["sha256"] for file in files]]
+    return [kinds, source.settings, [[file["sha256"], *source.named(Path(file["path"]))] for file in files]]
 
 
 def _code(thing: type | Callable) -> str:
@@ -364,6 +371,7 @@ def _build(
         )
     finally:
         progress.close()
+    refuse_changed(text.states)
     meta = {
         "format": FORMAT,
         "dtype": dtype,

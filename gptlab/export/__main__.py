@@ -59,12 +59,12 @@ def require_free(out: Path, is_file: bool) -> None:
         raise ValueError(f"OUT={out} exists; choose another name")
     if out.is_dir() and (held := sorted(path.name for path in out.iterdir())):
         raise ValueError(f"OUT={out} is not empty (it holds {', '.join(held[:3])}); choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
     """A path to be filled, which becomes `out` when all of it is on the disk, or is removed if anything fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp.{os.getpid()}")
     for left in out.parent.glob(".*.tmp.*"):  # by an export that was killed
         found = re.fullmatch(rf"\.{re.escape(out.name)}\.tmp\.(\d+)", left.name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab import architectures, exported, tensors
+from gptlab import architectures, exported, tensors, weight_names
 from gptlab.checkpoint import build
 from gptlab.export.template import END, chat_template
 from gptlab.export.vocabulary import special_names, tokenizer_json
@@ -62,7 +62,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | N
     """Write all files but gptlab.json to `folder`, which is made. Weights are of `dtype`, or of their own type."""
     config, weights = model.config, model.state_dict()
     require_finite(weights, dtype)
-    theirs = architectures.to_theirs(config, weights)
+    theirs = weight_names.to_theirs(config, weights)
     vocabulary = tokenizer_json(tokenizer)
     folder.mkdir()
     tensors.write(folder / exported.WEIGHTS, theirs, dtype)

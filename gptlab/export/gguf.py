@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptlab import architectures
+from gptlab import architectures, weight_names
 from gptlab.export.folder import require_finite, stop_ids
 from gptlab.export.ggml_vocabulary import BytePairs, Vocabulary, vocabulary_of
 from gptlab.export.template import chat_template
@@ -141,7 +141,7 @@ def describe_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Tokenize
 
 def tensors(config: GPTConfig, kind: str, weights: dict[str, Tensor], dtype: str) -> Iterator[Part]:
     """The tensors of a file, under llama.cpp's names."""
-    for place in architectures.places(config, kind):
+    for place in weight_names.places(config, kind):
         module, _, role = place.ours.rpartition(".")
         layer = ""
         if module.startswith("blocks."):
