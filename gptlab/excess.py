@@ -36,7 +36,7 @@ class KnownDocuments:
         """`tokens` are the held-out ids. Raises ValueError where their documents cannot be scored so."""
         documents = first_documents(tokens)
         if (longest := max(map(len, documents)) + 1) > block_size:
-            raise ValueError(f"documents have up to {longest} tokens; raise model.block_size={block_size}")
+            raise ValueError(f"documents have up to {longest} tokens; raise model.block_size={block_size} to that")
         if any((ids == UNK_ID).any() for ids in documents):
             raise ValueError("the tokenizer cannot spell this text; use one that loses nothing")
         self.batch_size = batch_size

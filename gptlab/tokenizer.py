@@ -262,7 +262,7 @@ class CharTokenizer(Tokenizer):
     """Every character of the training text is a token. Lossy: any other character, and any byte that is no UTF-8,
     becomes <unk>, which decodes to U+FFFD so that the loss is seen."""
 
-    loses = "characters that the training text did not hold: they become <unk>, which is read as U+FFFD"
+    loses = "characters that the text it learnt from did not hold: they become <unk>, which is read as U+FFFD"
 
     def __init__(self, characters: str, settings: Mapping | None = None):
         super().__init__(settings)

@@ -147,6 +147,7 @@ def test_samples_are_of_the_average_up_to_the_last(train, tmp_path):
     assert [continuation(state["current_model_state"], state) for state in states] != [line["text"] for line in lines]
 
 
+@pytest.mark.slow
 def test_resume_from_every_step_equals_uninterrupted(train, tmp_path):
     whole = tmp_path / "whole"
     assert train(whole, *RUN, *EMA, "callbacks.ema.from_step=2", "optimizer.lr=0.02") == 0

@@ -32,6 +32,7 @@ def needs(word: str):
     return pytest.param(word, marks=pytest.mark.skipif(missing, reason=f"{word} is not installed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [needs(word) for word in WORDS])
 def test_failures_are_told_and_hide_no_other_job(word, text_file, tmp_path):
     swept = tmp_path / "swept"
@@ -158,6 +159,7 @@ def shell(folder: Path, line: str, **options) -> Shell:
     return Shell(0, "train", [line], [], str(folder / "run"), str(folder), cwd=str(folder), **options)
 
 
+@pytest.mark.slow
 def test_job_of_slurm_starts_its_own_ranks(tmp_path, monkeypatch):
     """Under SLURM's variables Lightning would wait for ranks that nobody starts."""
     monkeypatch.setenv("SLURM_NTASKS", "1")

@@ -451,7 +451,8 @@ def test_the_filter_applies_to_every_request(tmp_path):
             assert "".join(choice["text"] for choice in choices) == text[: text.index(word)]
             assert choices[-1]["finish_reason"] == "content_filter"
         _, answer = served.post("/v1/completions", {"prompt": ["a", "Forbidden  fruit", "b"], "max_tokens": 3})
-        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "content_filter", "length"]
+        filtered = [choice["finish_reason"] == "content_filter" for choice in answer["choices"]]
+        assert filtered == [False, True, False]
         assert [len(choice["text"]) > 0 for choice in answer["choices"]] == [True, False, True]
         ids = LETTERS.encode("a forbidden fruit").tolist()
         _, answer = served.post("/v1/completions", {"prompt": ids, "max_tokens": 3})

@@ -52,6 +52,7 @@ def trials(folder: Path) -> list[tuple]:
     return [(trial.number, trial.params, trial.value, trial.state.name) for trial in study.trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("hydra.sweeper.n_jobs=3",)])
 def test_interrupted_study_equals_one_that_was_not(more, composed, tmp_path, capfd):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

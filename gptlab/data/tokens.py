@@ -37,6 +37,7 @@ from gptlab.tokenizer import EOS_ID, Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 FORMAT = 5  # raise it when the same text would give other files
+CLEANED_AWAY = "no document is long enough, or none is new; lower data.min_characters, or give more text"
 ELSEWHERE = "free some space, or set GPTLAB_CACHE_DIR to a folder with room that can be written"
 BLOCK_BYTES = 2**23  # read at a time by who reads all
 T = TypeVar("T")
@@ -268,15 +269,14 @@ class SplitText:
                     is_empty = False
                     yield side, document
                 if is_empty and source.paths():  # of what is read while training, nothing is prepared
-                    raise ValueError(
-                        f"no text is left for {side}: no document of it is long enough, or none is new; lower "
-                        "data.min_characters, or give more text"
-                    )
+                    raise ValueError(f"no text is left for {side}: {CLEANED_AWAY}")
             return
         got = set()
         for side, document in split_documents(self.source.documents(), self.fraction, self.rule):
             got.add(side)
             yield side, document
+        if not got:
+            raise ValueError(f"no text is left: {CLEANED_AWAY}")
         for side, remedy in (("train", "lower"), ("validation", "raise")):
             if side not in got:
                 raise ValueError(
@@ -386,7 +386,7 @@ def _build(
     write_json(folder / "meta.json", meta)
     encoding.finish(folder)
     tokens = sum(split["tokens"] for split in splits.values())
-    log.info("prepared %d tokens in %.1f s: %s", tokens, time.monotonic() - start, folder)
+    log.info("prepared %s tokens in %.1f s: %s", f"{tokens:,}", time.monotonic() - start, folder)
 
 
 def _require_space(folder: Path, text: SplitText, tokenizer: Tokenizer, itemsize: int) -> None:
