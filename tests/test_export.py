@@ -411,3 +411,34 @@ def test_a_network_of_gpt2_without_biases_comes_back_without(tmp_path):
     again = loading.load(tmp_path / "out").model
     assert again.config.bias is False
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_trl_trains_on_from_the_folder(run, tmp_path, monkeypatch):
+    """By conversations, with the answers marked by the template, and by preferences."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    export(run, tmp_path / "out")
+    common = {
+        "max_steps": 3,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    question = [{"role": "user", "content": "say hi"}]
+    yes, no = [[{"role": "assistant", "content": word}] for word in ("hi", "no")]
+    talk = datasets.Dataset.from_list([{"messages": question + yes}] * 8)
+    settings = trl.SFTConfig(output_dir=tmp_path / "a", assistant_only_loss=True, learning_rate=1e-2, **common)
+    trainer = trl.SFTTrainer(model=str(tmp_path / "out"), train_dataset=talk, args=settings)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    preferred = datasets.Dataset.from_list([{"prompt": question, "chosen": yes, "rejected": no}] * 8)
+    settings = trl.DPOConfig(output_dir=tmp_path / "b", learning_rate=1e-3, **common)
+    trainer = trl.DPOTrainer(model=str(tmp_path / "out"), train_dataset=preferred, args=settings)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: nothing is preferred yet
+    assert losses[-1] < losses[0]

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, door
+from conftest import door
 from test_evaluate import TEXTS, by_hand, evaluated, run, trained  # noqa: F401
 
+from gptlab import options
+from gptlab.evaluate.subject import Subject
 from gptlab.loading import load
 
 QUESTIONS = [("The cat", [" sees", " zzzz"], 0), ("A dog ", ["runs.", "qqqq", "sleeps"], 2)]
@@ -126,23 +128,39 @@ def test_a_task_that_nobody_knows_is_named(run, tasks):  # noqa: F811
 def test_the_exported_folder_has_the_same_figures_by_the_harness_own_model(run, tasks, tmp_path):  # noqa: F811
     """transformers reads the export and knows nothing of gptlab; the token that begins a document is its own BOS."""
     lm_eval = pytest.importorskip("lm_eval")
-    if not (REPOSITORY / "gptlab/export").is_dir():
-        pytest.skip("there is no export yet")
-    done = door("export", str(run), str(tmp_path / "hf"), "--format", "hf")
-    assert done.returncode == 0, done.stderr
-    from lm_eval.models.huggingface import HFLM
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
+    from gptlab.evaluate.harness import HarnessModel
+
+    done = door("export", str(run), str(tmp_path / "hf"), "--format", "hf")
+    assert done.returncode == 0, done.stderr
+    theirs = huggingface.HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", add_bos_token=True)
+    ours = HarnessModel(Subject.of(options.evaluate().parse_args([str(run)])), batch_size=3)
+
+    pairs = [("The cat", " sees"), ("A dog ", "runs."), ("Old and young birds like", " red trees"), ("x\n", "é")]
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    for (value, is_likeliest), (other, other_is) in zip(
+        ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True
+    ):
+        assert value == pytest.approx(other, rel=1e-5)
+        assert is_likeliest == other_is
+    texts = [
+        Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(t for t in TEXTS if t)
+    ]
+    plain = huggingface.HFLM(
+        str(tmp_path / "hf"), device="cpu", dtype="float32", add_bos_token=False
+    )  # it adds its own
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(plain.loglikelihood_rolling(texts), rel=1e-5)
+
     names = ["own_choice", "own_answer"]
-    theirs = lm_eval.simple_evaluate(
-        HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", add_bos_token=True),
-        tasks=names,
-        task_manager=TaskManager(include_path=str(tasks)),
-        bootstrap_iters=0,
+    found = lm_eval.simple_evaluate(
+        theirs, tasks=names, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
     )["results"]
-    ours = evaluated(run, "--harness", ",".join(names), "--include-path", str(tasks))["harness"]
-    assert ours["own_choice"]["acc"] == theirs["own_choice"]["acc,none"]
-    assert ours["own_answer"]["exact_match"] == theirs["own_answer"]["exact_match,none"]
+    own = evaluated(run, "--harness", ",".join(names), "--include-path", str(tasks))["harness"]
+    assert own["own_choice"]["acc"] == found["own_choice"]["acc,none"]
+    assert own["own_answer"]["exact_match"] == found["own_answer"]["exact_match,none"]
 
 
 def test_without_it_the_extra_is_named(run, tmp_path, monkeypatch):  # noqa: F811

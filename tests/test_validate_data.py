@@ -127,7 +127,7 @@ def test_files_that_are_no_text_are_all_named(judge, sound, content, says, line,
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "one"}\n{"text": 3}\n', "line 2 has no text called 'text'"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": 3}\n', "line 2: 'text' is 3 there, and must be text"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2 is no JSON"),
         ("a.txt", b" \n", "holds no text"),
         ("a.txt.gz", gzip.compress(b"text " * 999)[:-12], "is damaged"),
@@ -162,12 +162,12 @@ def test_a_document_that_should_be_many(judge, sound, monkeypatch):
 
 def test_control_characters(judge, sound):
     (sound / "05.txt").write_text("one\ntwo \x1b[1m three\x1b[0m " + (sound / "05.txt").read_text())
-    rows = [json.dumps({"text": f"row {number} " * 9 + "\0" * (number == 3)}) for number in range(40)]
+    rows = [json.dumps({"text": f"row {number} " * 9 + "\x7f" * (number == 3)}) for number in range(40)]
     (sound / "rows.jsonl").write_text("\n".join(rows))
     code, report = judge(f"data.files=[{sound}/*.txt,{sound}/rows.jsonl]", "tokenizer=byte")
     assert (code, kinds(report)) == (1, ["control_characters"])
     found = [(one["character"], one["times"], one["first"]) for one in report["control_characters"]]
-    assert found == [("U+001B", 2, "05.txt, line 2"), ("U+0000", 1, "rows.jsonl:4, line 1")]
+    assert found == [("U+001B", 2, "05.txt, line 2"), ("U+007F", 1, "rows.jsonl:4, line 1")]
     assert "U+001B (escape) 2 times, first in 05.txt, line 2" in report["findings"][0]["message"]
 
 

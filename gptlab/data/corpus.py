@@ -80,7 +80,7 @@ class Files(Source):
                         "its text would count double: keep one of them"
                     )
                 given[place] = pattern
-                found.append(path.absolute())
+                found.append(path.parent.resolve() / path.name)
         return found
 
     def read(self, path: Path) -> Iterator[Document]:

@@ -59,7 +59,7 @@ def text_files(files: str | Sequence[str], key: str = "data.files") -> list[Text
 
 def _local(path: Path) -> TextFile:
     facts = path.stat()
-    return TextFile(str(path.absolute()), facts.st_size, f"mtime {facts.st_mtime_ns}")
+    return TextFile(str(path.parent.resolve() / path.name), facts.st_size, f"mtime {facts.st_mtime_ns}")
 
 
 def fingerprint_of(files: Iterable[TextFile]) -> str:

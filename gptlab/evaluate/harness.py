@@ -56,6 +56,11 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Of (what the cache calls it, context, continuation): the log-likelihood, and whether it is the likeliest."""
+        if (longest := max(len(after) for _, _, after in requests)) > self.max_length:
+            raise ValueError(
+                f"--harness: an answer of {longest} tokens is to be scored, and the context is model.block_size="
+                f"{self.max_length}: leave that task out, or evaluate a network with more"
+            )
         rows = [(before + after)[-(self.max_length + 1) :] for _, before, after in requests]
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
