@@ -73,7 +73,9 @@ class Answer:
 
     status: int = 0
     content: bytes = b""
+    begun: float = 0
     times: list[float] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)  # in each piece, if it is a stream
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +89,7 @@ class Client:
         self, path: str, body: bytes | dict[str, Any] | None = None, leave_after: int | None = None, pause_s: float = 0
     ) -> Answer:
         """The connection is dropped `leave_after` so many pieces; `pause_s` is waited before each is read."""
-        began, answer = time.perf_counter(), Answer()
+        answer = Answer(begun=time.perf_counter())
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
         try:
             content = json.dumps(body).encode() if isinstance(body, dict) else body
@@ -102,7 +104,8 @@ class Client:
                 answer.headers[name.lower()] = value
             parts = []
             async for part in pieces(reader, answer.headers):
-                answer.times.append(time.perf_counter() - began)
+                answer.times.append(time.perf_counter() - answer.begun)
+                answer.events.append(part.count(b"data: {"))
                 parts.append(part)
                 if leave_after is not None and len(parts) >= leave_after:
                     break

@@ -217,7 +217,7 @@ def test_step_profile():
 
 @pytest.mark.slow
 def test_serve():
-    (table,) = tables(run("serve", "--clients", "1", "2", "--requests=1", "--tokens=10", "--rounds=1"))
+    (table,) = tables(run("serve", "--clients", "1", "2", "--seconds=2", "--tokens=10", "--rounds=1"))
     assert number(table["1"][1]) == 1
     assert number(table["2"][1]) == pytest.approx(number(table["2"][0]) / number(table["1"][0]), rel=0.1)
 

@@ -61,7 +61,7 @@ class Metrics:
 
 COUNTERS = {
     "gptlab_prompt_tokens_total": "Tokens of prompts that were accepted.",
-    "gptlab_completion_tokens_total": "Tokens that were generated.",
+    "gptlab_completion_tokens_total": "Tokens of texts that came to their end.",
     "gptlab_cancelled_total": "Requests whose client left before the end.",
     "gptlab_timeouts_total": "Requests whose time was up.",
     "gptlab_failures_total": "Requests that an error ended.",
