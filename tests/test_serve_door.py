@@ -51,7 +51,8 @@ def test_it_serves_and_ends_in_order_without_what_is_heavy(run):
             assert json.load(response)["data"][0]["id"] == "my-run"
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
-            body = json.dumps({"prompt": "a", "max_tokens": 4000, "truncation": "auto", "stream": True}).encode()
+            asked = {"prompt": "once", "max_tokens": 4000, "truncation": "auto", "stream": True, "temperature": 0}
+            body = json.dumps(asked).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             said = connection.recv(1000)
