@@ -101,7 +101,8 @@ class opened:  # noqa: N801  it is used as a function is
         self.raw.close()
         damaged = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
         if isinstance(error, damaged) or (kind is not None and kind.__name__ == "ZstdError"):
-            raise ValueError(f"{self.path} is damaged, or not what its ending says ({error}): copy it here again") from error
+            said = f"{self.path} is damaged, or not what its ending says ({error}): copy it here again"
+            raise ValueError(said) from error
         if isinstance(error, OSError):
             raise self._unreadable(error) from error
 
