@@ -22,16 +22,14 @@ from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from gptlab import checks, config, dial, launchers, mixing, ranks, staged, start, study, sweep
+from gptlab import checks, config, dial, launchers, mixing, options, ranks, staged, start, study, sweep
 from gptlab.explain import explain
 from gptlab.given import given_keys
 from gptlab.meeting import MissingRankError
+from gptlab.options import BAD_INPUT, CTRL_C, FAILED
 from gptlab.signals import SIGNALS, Interrupted, exit_code
 
 log = logging.getLogger("gptlab")
-
-BAD_INPUT, FAILED, CTRL_C = 2, 1, 130
-MESSAGE_LINES = 15
 
 
 def say(message: str) -> None:
@@ -106,11 +104,7 @@ def debugging() -> bool:
 
 def fail(message: str) -> None:
     """One message of at most 15 lines, on standard error."""
-    lines = message.strip().splitlines()
-    if len(lines) > MESSAGE_LINES:
-        lines = [*lines[: MESSAGE_LINES - 1], f"... and {len(lines) - MESSAGE_LINES + 1} lines more"]
-    who = "" if ranks.is_first() else f"{ranks.name()}: "
-    print(f"{who}error: " + "\n".join(lines), file=sys.stderr, flush=True)
+    options.fail(message, "" if ranks.is_first() else f"{ranks.name()}: ")
 
 
 def root_of(error: BaseException) -> BaseException:

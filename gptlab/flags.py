@@ -9,13 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from gptlab import start
-from gptlab.options import BAD_INPUT, Options, fail
+from gptlab.options import BAD_INPUT, CTRL_C, DONE, FAILED, Options, fail
 from gptlab.signals import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
     from gptlab.loading import Loaded
-
-DONE, FAILED, CTRL_C = 0, 1, 130
 
 
 def begin(options: Options) -> argparse.Namespace:

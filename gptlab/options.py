@@ -8,16 +8,16 @@ from typing import NoReturn
 
 from gptlab import __version__
 
-BAD_INPUT = 2
+DONE, FAILED, BAD_INPUT, CTRL_C = 0, 1, 2, 130  # exit codes
 MESSAGE_LINES = 15
 
 
-def fail(message: str) -> None:
-    """One message of at most 15 lines, on standard error."""
+def fail(message: str, who: str = "") -> None:
+    """One message of at most 15 lines, on standard error; `who` says it, where there are several."""
     lines = message.strip().splitlines() or ["failed"]
     if len(lines) > MESSAGE_LINES:
         lines = [*lines[: MESSAGE_LINES - 1], f"... and {len(lines) - MESSAGE_LINES + 1} lines more"]
-    print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+    print(f"{who}error: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 class Options(argparse.ArgumentParser):
